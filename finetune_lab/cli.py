@@ -1,0 +1,94 @@
+"""The command line: `finetune-lab COMMAND ...`, also `python -m finetune_lab COMMAND ...`.
+
+This file knows only names. Each command lives in the module that owns it, and that module offers
+
+    def register(subparsers):
+        parser = subparsers.add_parser("run", help="...", epilog="example: finetune-lab run 01", ...)
+        parser.add_argument(...)
+        parser.set_defaults(func=command)      # command(args) -> exit code, or None for 0
+
+One module may register several commands. Only the module of the command that was asked for is imported,
+so `--help` is fast and a broken corner of the package does not break the rest.
+Bad input raises `UserError`; it is printed as one sentence, and the exit code is 2.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from finetune_lab import __version__
+from finetune_lab.errors import UserError
+
+# command: (module that registers it, the line in --help)
+COMMANDS = {
+    "doctor": ("finetune_lab.course.doctor", "what this machine can run, and how to fix what it cannot"),
+    "run": ("finetune_lab.course.runner", "execute lessons; print seconds and failures"),
+    "status": ("finetune_lab.course.runner", "your progress, lesson by lesson"),
+    "reset": ("finetune_lab.course.runner", "a fresh copy of a lesson; yours is kept beside it"),
+    "topics": ("finetune_lab.course.topics", "every topic of the course and the lesson that teaches it"),
+    "models": ("finetune_lab.lab.models_cli", "list the models, fetch one"),
+    "bench": ("finetune_lab.course.bench", "measure the course's claims on this machine"),
+    "build": ("finetune_lab.course.build", "make the notebooks from the lesson sources (authors)"),
+}
+
+EPILOG = """examples:
+  finetune-lab doctor
+  finetune-lab run 00 01
+  finetune-lab COMMAND --help"""
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser for one run: the module of `command` is imported, every other command is only a line of help."""
+    parser = argparse.ArgumentParser(
+        prog="finetune-lab",
+        description="Learn to fine-tune language models, in notebooks that check themselves.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"finetune-lab {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+    if command in COMMANDS:
+        importlib.import_module(COMMANDS[command][0]).register(subparsers)
+    else:
+        for name, (_, line) in COMMANDS.items():
+            subparsers.add_parser(name, help=line)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 the command found something wrong, 2 bad input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = next((word for word in argv if not word.startswith("-")), None)
+    try:
+        parser = build_parser(command)
+        args = parser.parse_args(argv)
+        if not hasattr(args, "func"):
+            parser.print_help()
+            return 2 if argv else 0
+        return args.func(args) or 0
+    except UserError as error:
+        print(f"finetune-lab: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        # A package of ours that is missing is a bug and must be seen; somebody else's is an incomplete install.
+        if (error.name or "finetune_lab").split(".")[0] == "finetune_lab":
+            raise
+        print(
+            f"finetune-lab: the package {error.name!r} is not installed. "
+            "Run `make install` (or `python tasks.py install`) in the repository, then `finetune-lab doctor`.",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("\nfinetune-lab: stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # `finetune-lab topics | head`: the reader has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
