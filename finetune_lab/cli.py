@@ -39,9 +39,16 @@ EPILOG = """examples:
   finetune-lab COMMAND --help"""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, with one sentence instead of the usage block. Subparsers inherit it."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
 def build_parser(command: str | None) -> argparse.ArgumentParser:
     """The parser for one run: the module of `command` is imported, every other command is only a line of help."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetune-lab",
         description="Learn to fine-tune language models, in notebooks that check themselves.",
         epilog=EPILOG,
