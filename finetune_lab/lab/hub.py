@@ -6,6 +6,7 @@ Only configuration, tokenizer and safetensors are downloaded. huggingface_hub re
 """
 
 import fnmatch
+import json
 import os
 import re
 import threading
@@ -62,8 +63,8 @@ def snapshot(repo: str, revision: str | None = None, *, progress: bool = True) -
     wanted = {f: size for f, size in files.items() if _matches(f, WANTED) and not _matches(f, UNWANTED)}
     if not any(f.endswith(".safetensors") for f in wanted):
         raise UserError(
-            f"{repo} has no safetensors weights on the hub ({'only pickles' if _has_pickles(files) else 'no weights'}), "
-            "and reading a pickle can run any code. Choose a model that is saved as safetensors."
+            f"{repo} has no safetensors on the hub ({'only pickles' if _has_pickles(files) else 'no weights at all'}). "
+            "Reading a pickle can run any code: choose a model that is saved as safetensors."
         )
     store = Path(huggingface_hub.constants.HF_HUB_CACHE) / ("models--" + repo.replace("/", "--")) / "blobs"
     try:
@@ -116,8 +117,6 @@ def _has_pickles(files) -> bool:
 
 
 def _all_shards(index: Path) -> bool:
-    import json
-
     return all((index.parent / shard).is_file() for shard in json.loads(index.read_text())["weight_map"].values())
 
 

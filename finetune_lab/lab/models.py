@@ -65,10 +65,8 @@ def load(name: str | None = None, *, dtype: torch.dtype = torch.float32, device=
         each run. None leaves torch's generator alone.
     Raises UserError, one sentence, for every name that cannot be loaded.
     """
-    name = name or os.environ.get("FINETUNE_LAB_MODEL") or DEFAULT
-    folder = locate(name)
-    check_folder(folder, name)
-    tokenizer = _reading(name, AutoTokenizer.from_pretrained, folder, trust_remote_code=False)
+    name = chosen(name)
+    tokenizer, folder = load_tokenizer(name), locate(name)
     with _no_bars():
         model, report = _reading(
             name, AutoModelForCausalLM.from_pretrained, folder,
@@ -91,6 +89,25 @@ def load(name: str | None = None, *, dtype: torch.dtype = torch.float32, device=
     if seed is not None:
         torch.manual_seed(seed)
     return model, tokenizer
+
+
+def chosen(name: str | None = None) -> str:
+    """The name itself, or the one that the reader has set: $FINETUNE_LAB_MODEL, else `tiny`."""
+    return name or os.environ.get("FINETUNE_LAB_MODEL") or DEFAULT
+
+
+def load_tokenizer(name: str | None = None):
+    """The tokenizer alone, after the same checks of the folder as in `load`."""
+    name = chosen(name)
+    folder = locate(name)
+    check_folder(folder, name)
+    return _reading(name, AutoTokenizer.from_pretrained, folder, trust_remote_code=False)
+
+
+def context_length(name: str | None = None) -> int | None:
+    """The longest text, in tokens, that the model was built for; None when its config does not say."""
+    config = AutoConfig.from_pretrained(locate(chosen(name)), trust_remote_code=False)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def locate(name: str, *, progress: bool = True) -> Path:

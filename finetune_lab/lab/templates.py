@@ -19,12 +19,12 @@ SMOLLM2_SHIPPED = (
     "{% for message in messages %}" + _SYSTEM + "{{'<|im_start|>' + message['role'] + '\n' + message['content'] "
     "+ '<|im_end|>' + '\n'}}{% endfor %}" + _PROMPT
 )
-# The mark opens after the role line (the prompt ends there when we generate) and closes after the newline that the
-# template writes behind <|im_end|>: exactly the tokens that TRL counts as the completion of prompt-completion data.
+# The mark opens after the role line (the prompt ends there when we generate) and closes after <|im_end|>, the last
+# token that the model has to write. The newline behind it is the template's and is not counted.
 SMOLLM2_MARKED = (
     "{% for message in messages %}" + _SYSTEM + "{{'<|im_start|>' + message['role'] + '\n'}}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' + '\n'}}{% endif %}{% endfor %}" + _PROMPT
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}" + _PROMPT
 )
 
 
