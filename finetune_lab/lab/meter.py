@@ -1,0 +1,64 @@
+"""Measure what a piece of code costs: the peak of the extra memory it takes, and its time next to another's.
+
+Memory is read from the allocator through torch.profiler (CPU), not from the process size: exact and repeatable.
+Times are compared in interleaved rounds: the machine's noise then hits both, and the ratio is what you can trust.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_bytes(fn: Callable[[], object]) -> int:
+    """Largest number of bytes that `fn()` holds at one time beyond what existed before the call (CPU tensors).
+
+    Counts every allocation of torch's CPU allocator, temporary buffers inside kernels included.
+    """
+    fn()  # a first call may build caches
+    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as run:
+        fn()
+    events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Send file descriptor 2 to nowhere: the profiler of torch 2.13 writes 'USDT:' lines there, whatever its log level."""
+    keep = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(keep, 2)
+        os.close(keep)
+        os.close(nowhere)
+
+
+def interleaved_seconds(fns: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, list[float]]:
+    """Seconds of CPU time of every function in every round; round i runs each of them once, in turn.
+
+    CPU time of this process, not wall time: another program on the machine changes it little.
+    """
+    for fn in fns.values():
+        fn()
+    seconds: dict[str, list[float]] = {name: [] for name in fns}
+    for _ in range(rounds):
+        for name, fn in fns.items():
+            start = time.process_time()
+            fn()
+            seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+def median_ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
+    """Median over the rounds of time(slow) / time(fast): how many times faster `fast` is."""
+    return median(s / f for s, f in zip(seconds[slow], seconds[fast], strict=True))
