@@ -1,0 +1,1 @@
+"""One module a lesson: `l01.py` defines the exercises of lesson 01 with `finetune_lab.course.checks.exercise`."""

@@ -1,0 +1,102 @@
+import base64
+import io
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from finetune_lab.course import plots
+from finetune_lab.errors import UserError
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What was displayed: a list of (data, metadata); updates replace."""
+    out = []
+
+    class Handle:
+        def update(self, data, metadata=None, raw=False):
+            out[-1] = (data, metadata)
+
+    def display(data, metadata=None, raw=False, display_id=None):
+        out.append((data, metadata))
+        return Handle() if display_id else None
+
+    monkeypatch.setattr("IPython.display.display", display)
+    return out
+
+
+def luminance(colour):
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("colour", plots.COLOURS)
+def test_marks_stand_out_on_white(colour):
+    ratio = 1.05 / (luminance(colour) + 0.05)
+    assert ratio >= 3.0
+
+
+def test_show_publishes_png_with_alt_and_an_escaped_html_twin_and_closes_the_figure(shown):
+    plots.show(plots.line([1, 2], [3, 4], title="t", x="x", y="y"), alt='a "rise" <up>')
+    data, metadata = shown[0]
+    assert metadata["image/png"]["alt"] == data["text/plain"] == 'a "rise" <up>'
+    assert 'alt="a &quot;rise&quot; &lt;up&gt;"' in data["text/html"]
+    assert Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).format == "PNG"
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("alt", ["", "  "])
+def test_a_picture_without_alt_is_refused(alt):
+    with pytest.raises(UserError, match="alt"):
+        plots.show(plots.line([1], [1], title="t", x="x", y="y"), alt=alt)
+
+
+def test_the_same_figure_gives_the_same_small_bytes():
+    def draw():
+        return plots.png(plots.line(range(50), {"a": list(range(50)), "b": list(range(0, 100, 2))}, "t", "x", "y"))
+
+    assert draw() == draw() and len(draw()) < 30_000
+    plt.close("all")
+
+
+def test_lines_differ_in_marker_and_carry_their_label():
+    ax = plots.line([1, 2], {"a": [1, 2], "b": [2, 1]}, "t", "x", "y").axes[0]
+    assert len({line.get_marker() for line in ax.lines}) == 2
+    assert [text.get_text() for text in ax.texts] == ["a", "b"]
+    plt.close("all")
+
+
+def test_six_lines_are_refused():
+    with pytest.raises(UserError, match="at most 5"):
+        plots.line([1], {str(i): [i] for i in range(6)}, "t", "x", "y")
+
+
+def test_bars_show_their_numbers_and_differ_without_colour():
+    ax = plots.bars({"full": 1.5, "lora": 0.25}, "t", "loss (nats)", errors={"full": 0.1}).axes[0]
+    assert [text.get_text() for text in ax.texts] == ["1.5", "0.25"]
+    assert len({patch.get_hatch() for patch in ax.patches}) == 2
+    plt.close("all")
+
+
+def test_prompts_are_escaped_in_the_table(shown):
+    plots.side_by_side([("<|user|>hi", "<script>x</script>", "")])
+    data, _ = shown[0]
+    assert "<script>" not in data["text/html"] and "&lt;|user|&gt;hi" in data["text/html"]
+    assert "(nothing)" in data["text/html"]
+
+
+@pytest.mark.parametrize("live", ["0", "1"])
+def test_a_live_curve_leaves_one_picture_with_first_and_last_value_in_its_alt(live, shown, monkeypatch):
+    monkeypatch.setenv("FINETUNE_LAB_LIVE", live)
+    with plots.LiveCurve("Loss falls", alt="The loss.", every=0) as curve:
+        for step in range(1, 4):
+            curve(step, 3.0 / step, "ignored")
+        assert len(shown) == int(live)
+    assert len(shown) == 1
+    assert shown[0][1]["image/png"]["alt"] == "The loss. From 3 to 1 in 3 steps."
+    assert plt.get_fignums() == []
