@@ -1,4 +1,4 @@
-"""Control tokens that somebody typed: find them in a text, write them apart, or tokenise the text so that they stay text.
+"""Control tokens that somebody typed: find them in a text, write them apart, or tokenise so that they stay text.
 
 A control token (`<|end|>`, `<|im_start|>`) is one id that only the chat template may write. A tokenizer that is given a
 whole conversation as one string cannot know who wrote which part, so a user who types the token gets its power.

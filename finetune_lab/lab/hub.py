@@ -96,7 +96,7 @@ def _ask(repo: str, revision: str | None) -> dict[str, int]:
     # In a thread, because looking up a name has no timeout of its own in Python.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(PATIENCE + 2)
+    thread.join(1.25 * PATIENCE)
     error = answer.get("error")
     if "files" in answer:
         return answer["files"]
@@ -104,7 +104,7 @@ def _ask(repo: str, revision: str | None) -> dict[str, int]:
         raise UserError(f"{repo} is gated: accept its licence on the hub, then run `hf auth login`.") from error
     if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)):
         raise UserError(f"The hub has no model {repo!r} (or it is private, and you are not logged in).") from error
-    why = _first_line(error) if error else f"no answer in {PATIENCE + 2:.0f} s"
+    why = _first_line(error) if error else f"no answer in {1.25 * PATIENCE:.0f} s"
     raise HubSilent(f"{repo} is not on this machine and the hub does not answer ({why}). Check your connection.")
 
 
