@@ -29,35 +29,19 @@ import argparse
 import ast
 import hashlib
 import json
-import os
 import re
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import jupytext
 import nbformat
 
+from finetune_lab.course import execute
 from finetune_lab.course.lessons import Lesson, course_root, keep_mine, select, write_atomic
 from finetune_lab.errors import UserError
 
-MAX_BYTES = 300_000
 _REGION = re.compile(r"^([ \t]*)# BEGIN SOLUTION[^\n]*\n(.*?)^\1# END SOLUTION[^\n]*$", re.DOTALL | re.MULTILINE)
-_PATH = re.compile(
-    r"(?<![\w.:/~])/(?:home|Users|root|tmp|var|work|opt|usr|mnt|private)/[\w.\-/]+|[A-Z]:\\\\?Users\\\\?\w+"
-)
-_WIDGET = "application/vnd.jupyter.widget-view+json"
-# What makes an execution quiet, offline and the same every time; also used by the runner.
-QUIET = {
-    "FINETUNE_LAB_LIVE": "0",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "PYTHONHASHSEED": "0",
-    "TQDM_DISABLE": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-}
 
 
 def sha256(text: str) -> str:
@@ -179,95 +163,27 @@ def solution_notebook(lesson: Lesson) -> tuple[str, str | None]:
     return to_text(notebook), None
 
 
-def tidy(notebook: nbformat.NotebookNode) -> list[str]:
-    """Strip what must not be kept from executed outputs, in place; return what was said on stderr, by cell."""
-    said = []
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
-        if cell.cell_type != "code":
-            continue
-        for output in cell.outputs:
-            output.pop("transient", None)
-            data = output.get("data", {})
-            if "image/png" in data or "text/html" in data:
-                data.pop(_WIDGET, None)  # no kernel, no widget: the picture or table stays
-            if "image/png" in data and output.metadata.get("image/png", {}).get("alt"):
-                data.pop("text/html", None)  # plots.show sends a twin for JupyterLab, which ignores alt metadata
-            if output.output_type == "stream" and output.name == "stderr":
-                said.append(f"{cell.id}: {output.text.strip().splitlines()[-1] if output.text.strip() else ''}")
-        cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
-    return said
-
-
-def output_problems(notebook: nbformat.NotebookNode) -> list[str]:
-    """Why these outputs may not be published: absolute paths of a machine, or too many bytes."""
-    problems = []
-    for cell in notebook.cells:
-        texts = [
-            o.get("text", "") + "".join(str(v) for k, v in o.get("data", {}).items() if not k.startswith("image"))
-            for o in cell.get("outputs", [])
-        ]
-        found = _PATH.search("\n".join(texts))
-        if found:
-            problems.append(f"cell {cell.id} shows a path of this machine: {found.group()}")
-    size = len(to_text(notebook).encode())
-    if size > MAX_BYTES:
-        problems.append(f"{size / 1000:.0f} kB with outputs, the limit is {MAX_BYTES / 1000:.0f} kB")
-    return problems
-
-
-def execute(lesson: Lesson, timeout: float = 300) -> str:
-    """Run the solution once in an empty folder on the tiny model; return the notebook's text with its outputs.
+def executed(lesson: Lesson, timeout: float = 300) -> tuple[str, float]:
+    """Run the solution once on the tiny model, in an empty folder that is also its home; (text with outputs, seconds).
 
     Raises:
         UserError: a cell failed, or its outputs may not be published.
     """
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-
     notebook = parse(lesson)
+    settings = {"FINETUNE_LAB_CHECK": "solved", "FINETUNE_LAB_MODEL": "tiny", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory(prefix="finetune-lab-") as folder:
-        env = {
-            **os.environ,
-            **QUIET,
-            "FINETUNE_LAB_CHECK": "solved",
-            "FINETUNE_LAB_MODEL": "tiny",
-            "FINETUNE_LAB_HOME": folder,
-            "OMP_NUM_THREADS": "1",
-        }
-        client = NotebookClient(
-            notebook,
-            timeout=timeout,
-            kernel_name="python3",
-            record_timing=False,
-            store_widget_state=False,
-            coalesce_streams=True,
-            resources={"metadata": {"path": folder}},
-        )
-        try:
-            client.execute(env=env)
-        except CellExecutionError as error:
-            raise UserError(f"{lesson.source.name} fails: {failing_cell(notebook) or error.ename}") from None
-        except (CellTimeoutError, DeadKernelError) as error:
-            raise UserError(f"{lesson.source.name} fails: {str(error).splitlines()[0]}") from None
-    for line in tidy(notebook):
+        settings |= {"FINETUNE_LAB_HOME": folder, "OMP_NUM_THREADS": "1"}
+        seconds, broke = execute.run(notebook, Path(folder), settings, timeout, stop_at_error=True)
+    failures = [f"cell {cell}: {error}" for cell, error in execute.failures(notebook)]
+    if broke or failures:
+        raise UserError(f"{lesson.source.name} fails: {broke or failures[0]}")
+    for line in execute.tidy(notebook):
         print(f"{lesson.name}: dropped stderr of {line}", file=sys.stderr)
     notebook.metadata["language_info"] = parse(lesson).metadata["language_info"]
-    problems = output_problems(notebook)
-    if problems:
-        raise UserError(f"{lesson.source.name}: outputs not kept: {'; '.join(problems)}.")
+    if why := execute.publishable(notebook):
+        raise UserError(f"{lesson.source.name}: outputs not kept: {'; '.join(why)}.")
     _stamp(notebook, lesson)
-    return to_text(notebook)
-
-
-def failing_cell(notebook: nbformat.NotebookNode) -> str | None:
-    """`01-012: ValueError: message` of the first cell that holds an error output."""
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if output.output_type == "error":
-                message = output.evalue.strip().splitlines() or [""]
-                return f"cell {cell.get('id', '?')}: {output.ename}: {message[0]}"
-    return None
+    return to_text(notebook), seconds
 
 
 def untouched(path: Path) -> bool:
@@ -296,9 +212,8 @@ def build(lesson: Lesson, run: bool = False) -> list[str]:
     told = []
     fresh = learner_notebook(lesson)
     if run:
-        start = time.perf_counter()
-        solution = execute(lesson)
-        told.append(f"executed in {time.perf_counter() - start:.0f} s, {len(solution.encode()) / 1000:.0f} kB")
+        solution, seconds = executed(lesson)
+        told.append(f"executed in {seconds:.0f} s, {len(solution.encode()) / 1000:.0f} kB")
     else:
         solution, problem = solution_notebook(lesson)
         if problem:

@@ -43,7 +43,7 @@ class Lesson:
 
 
 def course_root(given: str | os.PathLike | None = None) -> Path:
-    """The course folder: `given`, else the nearest folder upwards that has `solutions/`, else the one beside the package.
+    """The course folder: `given`, else the nearest folder upwards with `solutions/`, else the one beside the package.
 
     Raises:
         UserError: the folder that was given, or every place that was tried, has no `solutions/`.

@@ -4,7 +4,7 @@ import lesson_fixture as fixture
 import nbformat
 import pytest
 
-from finetune_lab.course import build
+from finetune_lab.course import build, execute
 from finetune_lab.course.lessons import course_root, lessons, select
 from finetune_lab.errors import UserError
 
@@ -126,14 +126,14 @@ def test_tidy_keeps_pictures_and_drops_widgets_stderr_and_html_twins():
             new("stream", name="stderr", text="UserWarning: careful\n"),
             new(
                 "display_data",
-                data={"image/png": "iVBO", "text/html": "<img>", build._WIDGET: {"model_id": "1"}},
+                data={"image/png": "iVBO", "text/html": "<img>", execute.WIDGET: {"model_id": "1"}},
                 metadata={"image/png": {"alt": "a curve"}},
             ),
             new("display_data", data={"text/html": "<table>", "text/plain": "t"}),
         ],
     )
     notebook = nbformat.v4.new_notebook(cells=[cell])
-    assert build.tidy(notebook) == ["a: UserWarning: careful"]
+    assert execute.tidy(notebook) == ["a: UserWarning: careful"]
     assert [sorted(output.data) for output in cell.outputs] == [["image/png"], ["text/html", "text/plain"]]
 
 
@@ -141,7 +141,7 @@ def test_tidy_keeps_pictures_and_drops_widgets_stderr_and_html_twins():
 def test_paths_of_a_machine_are_not_published(text):
     output = nbformat.v4.new_output("stream", name="stdout", text=text)
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", id="a", outputs=[output])])
-    assert "path of this machine" in build.output_problems(notebook)[0]
+    assert "path of this machine" in execute.publishable(notebook)[0]
 
 
 def test_ordinary_slashes_and_addresses_are_no_paths_and_300_kb_is_the_limit():
@@ -149,8 +149,8 @@ def test_ordinary_slashes_and_addresses_are_no_paths_and_300_kb_is_the_limit():
         output = nbformat.v4.new_output("stream", name="stdout", text=text)
         return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", id="a", outputs=[output])])
 
-    assert build.output_problems(notebook("and/or 3/4 https://example.org/home/x ./tmp/x")) == []
-    assert "limit" in build.output_problems(notebook("x" * 300_000))[0]
+    assert execute.publishable(notebook("and/or 3/4 https://example.org/home/x ./tmp/x")) == []
+    assert "limit" in execute.publishable(notebook("x" * 300_000))[0]
 
 
 def test_lessons_are_found_by_number_name_or_path(lesson):
