@@ -1,0 +1,134 @@
+"""`finetune-lab bench NAME`: the course's claims, measured on this machine against the library people use.
+
+A bench is a module of this folder with NAME, HELP and run(quick) -> rows. A row is a dict of name, value, unit, peer,
+peer_value, ratio, goal; `holds` is computed here: the ratio (or, without one, the value) against the goal ("<= 0.9").
+Recorded runs are JSON files in `finetune_lab/evidence`, with machine, versions, seed, command and date.
+"""
+
+import argparse
+import datetime
+import importlib
+import json
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+
+from finetune_lab.errors import UserError
+
+BENCHES = {
+    "loss": "loss at labelled positions only: speed and memory against full logits and TRL's fused head",
+    "world": "the tiny model: what the base knows, what fine-tuning teaches it, what it forgets",
+}
+EVIDENCE = Path(__file__).parents[2] / "evidence"
+SEED = 0
+COLUMNS = ("name", "value", "unit", "peer", "peer_value", "ratio", "goal", "holds")
+
+
+def holds(row: dict) -> bool | None:
+    """Whether the row's ratio (its value where it has none) meets its goal; None without a goal."""
+    if row.get("goal") is None:
+        return None
+    match = re.fullmatch(r"(<=|>=) (\d+(?:\.\d+)?(?:e-?\d+)?)", row["goal"])
+    if match is None:
+        raise ValueError(f"goal {row['goal']!r} of row {row['name']!r} must read like '<= 0.9' or '>= 4'")
+    figure = row["value"] if row.get("ratio") is None else row["ratio"]
+    limit = float(match[2])
+    return figure <= limit if match[1] == "<=" else figure >= limit
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "finetune-lab")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+
+
+def machine() -> dict[str, object]:
+    return {"system": platform.system(), "arch": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count()}
+
+
+def _cpu() -> str:
+    """The processor's own name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def measure(name: str, quick: bool = False) -> dict:
+    """Run one bench; returns the shape that every bench and every recorded result has."""
+    module = importlib.import_module(f"{__name__}.{name}")
+    rows = [{column: row.get(column) for column in COLUMNS[:-1]} | {"holds": holds(row)} for row in module.run(quick)]
+    return {
+        "bench": name,
+        "quick": quick,
+        "command": f"finetune-lab bench {name}" + (" --quick" if quick else ""),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "versions": versions(),
+        "seed": SEED,
+        "rows": rows,
+    }
+
+
+def recorded(name: str) -> dict:
+    """The recorded run of a bench; raises UserError when none is kept."""
+    path = EVIDENCE / f"{name}.json"
+    if not path.is_file():
+        raise UserError(f"no recorded run of bench {name!r}: make one with `finetune-lab bench {name} --record`")
+    return json.loads(path.read_text())
+
+
+def figure(name: str, row: str) -> dict:
+    """One row of a recorded run by its name; raises UserError for a row that is not there."""
+    for found in recorded(name)["rows"]:
+        if found["name"] == row:
+            return found
+    raise UserError(f"the recorded run of bench {name!r} has no row {row!r}")
+
+
+def _short(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else {True: "yes", False: "NO"}.get(value, str(value))
+
+
+def table(result: dict) -> str:
+    """The rows as an aligned text table."""
+    cells = [list(COLUMNS)] + [[_short(row[c]) for c in COLUMNS] for row in result["rows"]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def _command(args: argparse.Namespace) -> int:
+    if args.name == "list":
+        print(json.dumps(BENCHES) if args.json else "\n".join(f"{n:8} {line}" for n, line in BENCHES.items()))
+        return 0
+    if args.name not in BENCHES:
+        raise UserError(f"unknown bench {args.name!r}: choose one of {', '.join(BENCHES)} (`finetune-lab bench list`)")
+    if args.record and args.quick:
+        raise UserError("--record keeps full runs only: leave --quick away")
+    result = recorded(args.name) if args.recorded else measure(args.name, args.quick)
+    if args.record:
+        path = EVIDENCE / f"{args.name}.json"
+        part = path.with_suffix(".tmp")
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(part, path)
+    print(json.dumps(result, indent=1) if args.json else table(result))
+    return 1 if any(row["holds"] is False for row in result["rows"]) else 0
+
+
+def register(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure the course's claims on this machine",
+        description="Measure one claim of the course on this machine. Exit code 1 when a goal is missed.",
+        epilog="example: finetune-lab bench world --quick --json",
+    )
+    parser.add_argument("name", metavar="NAME", help="a bench, or `list`")
+    parser.add_argument("--quick", action="store_true", help="a small version, seconds instead of minutes")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--recorded", action="store_true", help="print the recorded run instead of measuring")
+    parser.add_argument("--record", action="store_true", help="keep the run in finetune_lab/evidence (authors)")
+    parser.set_defaults(func=_command)

@@ -1,0 +1,80 @@
+"""What a lesson needs of the model it runs on, in one place: sizes, steps, learning rates. No `if` in cells.
+
+`tier()` reads the model's name (argument, $FINETUNE_LAB_MODEL, else "tiny") and returns the settings of its class:
+the embedded model, a real model on a laptop CPU, or anything larger. The tiny figures are those that
+`finetune-lab bench world` measures; those of the other tiers are starting points, chosen to end in minutes.
+"""
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a lesson fine-tunes: optimizer steps, sequences a step, peak learning rates, LoRA rank, training items."""
+
+    steps: int
+    batch_size: int
+    lora_lr: float
+    full_lr: float
+    rank: int = 16
+    items: int = 1600
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Settings of a class of models. `test_items`: how many held-out items a lesson scores; `instruction` is put
+    before the user's text, for models that can read one (the tiny model learns the task from its examples alone)."""
+
+    name: str
+    recipes: dict[str, Recipe]
+    test_items: int
+    instruction: dict[str, str]
+    effect_seeds: int = 5
+
+
+TINY = Tier(
+    name="tiny",
+    recipes={
+        "extract": Recipe(steps=150, batch_size=16, lora_lr=2e-3, full_lr=5e-4),
+        "answer": Recipe(steps=100, batch_size=16, lora_lr=2e-3, full_lr=5e-4, items=800),
+        "math": Recipe(steps=100, batch_size=16, lora_lr=2e-3, full_lr=5e-4),
+    },
+    test_items=200,
+    instruction={},
+)
+_ASK = {
+    "extract": "Write the ticket as one line of JSON with the keys order, product, issue, action.\n",
+    "answer": "",
+    "math": "Answer with the number only. ",
+}
+SMALL = Tier(
+    name="small",
+    recipes={task: Recipe(steps=40, batch_size=4, lora_lr=5e-4, full_lr=2e-5) for task in ("extract", "answer", "math")},
+    test_items=20,
+    instruction=_ASK,
+    effect_seeds=1,
+)
+LARGE = Tier(
+    name="large",
+    recipes={task: Recipe(steps=100, batch_size=8, lora_lr=2e-4, full_lr=1e-5) for task in ("extract", "answer", "math")},
+    test_items=100,
+    instruction=_ASK,
+    effect_seeds=3,
+)
+
+
+def tier(model: str | None = None) -> Tier:
+    """The tier of a model's name: "tiny", "smollm2-135m", else large (a hub id or a folder)."""
+    name = model or os.environ.get("FINETUNE_LAB_MODEL") or "tiny"
+    return {"tiny": TINY, "smollm2-135m": SMALL}.get(name, LARGE)
+
+
+def with_instruction(items: list[dict], text: str) -> list[dict]:
+    """Items of a task with `text` put before the user's message."""
+    if not text:
+        return items
+    return [
+        item | {"prompt": [*item["prompt"][:-1], {"role": "user", "content": text + item["prompt"][-1]["content"]}]}
+        for item in items
+    ]
