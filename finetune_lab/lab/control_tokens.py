@@ -22,7 +22,7 @@ def control_tokens(text: str, tokenizer=None) -> list[tuple[int, str]]:
     if not tokenizer.is_fast:
         ids = set(tokenizer(text, add_special_tokens=False)["input_ids"])
         return [(text.find(token), token) for i, token in control.items() if i in ids and token in text]
-    read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     found = []
     for i, (start, stop) in zip(read["input_ids"], read["offset_mapping"], strict=True):
         # A rare character may give the unknown token: that is no injection, unless the token itself was typed.

@@ -102,7 +102,7 @@ def load_jsonl(
         raise UserError(f"{path} has no rows. Give a JSONL file: one JSON object on each line.")
     if escaped:
         some = ", ".join(map(str, escaped[:SHOWN])) + (", ..." if len(escaped) > SHOWN else "")
-        warnings.warn(f"{path}: control tokens written as text in {len(escaped)} lines ({some})", stacklevel=2)
+        warnings.warn(f"{path}: control tokens written as text in {len(escaped)} line(s): {some}", stacklevel=2)
     return rows
 
 

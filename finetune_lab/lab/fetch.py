@@ -71,6 +71,14 @@ def cached_smollm2() -> Path | None:
     return _finished("smollm2-135m") or hub.cached(SMOLLM2_REPO, SMOLLM2_REVISION)
 
 
+def source_of(folder: Path) -> str:
+    """Where the weights in a cached folder came from."""
+    origin = folder / ORIGIN
+    if origin.is_file():
+        return json.loads(origin.read_text())["source"]
+    return f"hub ({SMOLLM2_REPO} at {SMOLLM2_REVISION[:8]})"
+
+
 def smollm2(*, progress: bool = True) -> Path:
     """The folder of SmolLM2-135M-Instruct, fetched first if need be. Raises UserError when no source answers."""
     folder = cached_smollm2()

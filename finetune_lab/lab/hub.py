@@ -47,8 +47,16 @@ def cached(repo: str, revision: str | None = None) -> Path | None:
         return None
     # A broken download leaves a folder too: believe it only with weights and configuration inside.
     index = folder / "model.safetensors.index.json"
-    weights = (folder / "model.safetensors").is_file() or (index.is_file() and _all_shards(index))
-    return folder if weights and (folder / "config.json").is_file() else None
+    try:
+        needed = {"config.json", *(shards(index) if index.is_file() else {"model.safetensors"})}
+    except (ValueError, KeyError):
+        return None
+    return folder if all((folder / name).is_file() for name in needed) else None
+
+
+def shards(index: Path) -> set[str]:
+    """The files that a model.safetensors.index.json names. Raises ValueError or KeyError for another kind of file."""
+    return set(json.loads(index.read_text())["weight_map"].values())
 
 
 def snapshot(repo: str, revision: str | None = None, *, progress: bool = True) -> Path:
@@ -83,7 +91,10 @@ def snapshot(repo: str, revision: str | None = None, *, progress: bool = True) -
 def _ask(repo: str, revision: str | None) -> dict[str, int]:
     """File names and sizes in bytes of a hub repository; waits PATIENCE seconds at most."""
     if is_offline():
-        raise HubSilent(f"{repo} is not on this machine and HF_HUB_OFFLINE=1 forbids asking the hub: unset it.")
+        raise HubSilent(
+            f"{repo} is not on this machine, neither a folder nor in the cache, and HF_HUB_OFFLINE=1 forbids asking "
+            "the hub: unset it."
+        )
     answer: dict = {}
 
     def ask():
@@ -103,9 +114,11 @@ def _ask(repo: str, revision: str | None) -> dict[str, int]:
     if isinstance(error, GatedRepoError):
         raise UserError(f"{repo} is gated: accept its licence on the hub, then run `hf auth login`.") from error
     if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)):
-        raise UserError(f"The hub has no model {repo!r} (or it is private, and you are not logged in).") from error
+        raise UserError(
+            f"Neither a folder nor the hub has a model {repo!r} (or it is private, and you are not logged in)."
+        ) from error
     why = _first_line(error) if error else f"no answer in {1.25 * PATIENCE:.0f} s"
-    raise HubSilent(f"{repo} is not on this machine and the hub does not answer ({why}). Check your connection.")
+    raise HubSilent(f"{repo} is not on this machine and the hub does not answer ({why}): check your connection.")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -114,10 +127,6 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def _has_pickles(files) -> bool:
     return any(f.endswith((".bin", ".pt", ".pth")) for f in files)
-
-
-def _all_shards(index: Path) -> bool:
-    return all((index.parent / shard).is_file() for shard in json.loads(index.read_text())["weight_map"].values())
 
 
 def _first_line(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
@@ -154,7 +155,7 @@ def check_folder(folder: Path, name: str) -> None:
         )
     shards = {p.name for p in folder.glob("*.safetensors")}
     index = folder / "model.safetensors.index.json"
-    wanted = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    wanted = _reading(name, hub.shards, index) if index.is_file() else {"model.safetensors"}
     if "model.safetensors" not in shards and not wanted <= shards:
         if not shards and any(folder.glob("*.bin")):
             raise UserError(
@@ -179,14 +180,13 @@ def describe(name: str) -> dict:
         "cached": False, "folder": None, "needs": known.needs,
     }  # fmt: skip
     if folder is not None and (folder / "model.safetensors").is_file():
-        config = json.loads((folder / "config.json").read_text())
         row |= {
-            "parameters": count_parameters(folder), "vocabulary": config["vocab_size"], "cached": True,
-            "disk_bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()), "folder": str(folder),
+            "parameters": count_parameters(folder), "cached": True, "folder": str(folder),
+            "vocabulary": Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size(),
+            "disk_bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
         }  # fmt: skip
-        origin = folder / fetch.ORIGIN
-        if origin.is_file():
-            row["source"] = json.loads(origin.read_text())["source"]
+        if name == "smollm2-135m":
+            row["source"] = fetch.source_of(folder)
     return row
 
 

@@ -109,6 +109,7 @@ DEFECTS = {
     "content is a list": ({"messages": [{"role": "user", "content": [{"type": "text"}]}, BOT]}, "a list"),
     "control token": ({"messages": [{"role": "user", "content": "ok<|end|>"}, BOT]}, "'<|end|>' at character 3"),
     "control token in an answer": ({"messages": [USER, {"role": "assistant", "content": "<|eot|>"}]}, "(assistant)"),
+    "control token in a system turn": ({"messages": [{"role": "system", "content": "<|pad|>"}, USER, BOT]}, "(system)"),
     "too long": (b'{"messages": "' + b"x" * 1_000_001 + b'"}', "bytes"),
 }
 
@@ -302,7 +303,7 @@ def test_loaded_text_adds_no_control_token_to_those_of_the_template(write, token
         with pytest.raises(DataError, match="control token"):
             load_jsonl(write(row), tokenizer=tok)
         return
-    with pytest.warns(UserWarning, match="1 lines") if typed else contextlib.nullcontext():
+    with pytest.warns(UserWarning, match=r"in 1 line\(s\): 1$") if typed else contextlib.nullcontext():
         (loaded,) = load_jsonl(write(row), tokenizer=tok, special_tokens=mode)
     assert control_count(tok, loaded["messages"]) == control_count(tok, [USER, BOT])
     for before, after in zip(row["messages"], loaded["messages"], strict=True):
@@ -325,7 +326,19 @@ def test_escaping_is_visible_and_reaches_tokens_inside_tokens(tokenizer):
     assert escape_control_tokens("a<|end|>b", tokenizer) == "a< |end|>b"
     assert escape_control_tokens("<|<|end|>end|>", tokenizer) == "<|< |end|>end|>"
     assert escape_control_tokens("<|end|><|end|>", tokenizer) == "< |end|>< |end|>"
+    assert escape_control_tokens("<|end|><<|end|>", tokenizer) == "< |end|><< |end|>"
     assert escape_control_tokens("plain < text | >", tokenizer) == "plain < text | >"
+
+
+@pytest.mark.parametrize("place", ["prompt", "chosen", "rejected"])
+def test_every_text_of_a_row_is_searched(write, tokenizer, place):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    row[place] += "<|assistant|>"
+    with pytest.raises(DataError, match=place + r"\[0\] .* at character 2"):
+        load_jsonl(write(row), tokenizer=tokenizer)
+    with pytest.warns(UserWarning, match=r"in 1 line\(s\): 1$"):
+        (loaded,) = load_jsonl(write(row), tokenizer=tokenizer, special_tokens="escape")
+    assert loaded[place][0]["content"].endswith("< |assistant|>")
 
 
 def test_without_a_tokenizer_the_shape_of_control_tokens_counts(write):
