@@ -8,13 +8,10 @@ Leaves out: tool calls, images, templates whose turns end differently for each r
 In production: `tokenizer.apply_chat_template(..., return_assistant_tokens_mask=True)` and `trl.SFTTrainer`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 IGNORE_INDEX = -100  # the label that torch's cross_entropy skips by default
-
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-Span = tuple[str, int, int]  # (role, start, stop): ids[start:stop] is what the role said, its end-of-turn included
 
 
 @dataclass(frozen=True)
@@ -84,37 +81,34 @@ def chat_format(tokenizer) -> ChatFormat:
 
 
 def render_chat(
-    messages: Sequence[Message],
-    fmt: ChatFormat,
-    encode: Callable[[str], list[int]],
-    add_generation_prompt: bool = False,
-) -> tuple[list[int], list[Span]]:
+    messages: list[dict], fmt: ChatFormat, encode: Callable, add_generation_prompt: bool = False
+) -> tuple[list[int], list[tuple]]:
     """Turn messages into token ids, and note where each role speaks.
 
     messages: dicts with 'role' and 'content'; encode: text -> ids that treats special tokens as text (`text_encoder`).
     add_generation_prompt: end with the assistant's mark, so that the model answers next.
-    Returns (ids, spans); a span covers a message's text and its end-of-turn token, not the role mark.
-    Raises ValueError for a role that the format has no mark for.
+    Returns (ids, spans). A span is (role, start, stop): ids[start:stop] is a message's text and its end-of-turn token,
+    without the role mark. Raises ValueError for a role that the format has no mark for.
     """
-    from_system = len(messages) > 0 and messages[0]["role"] == "system"
-    ids = list(fmt.begin if from_system else fmt.begin_default)
+    unknown = {message["role"] for message in messages} - set(fmt.before)
+    if unknown:
+        raise ValueError(f"unknown role {sorted(unknown)[0]!r}: this format knows {sorted(fmt.before)}")
+    has_system = len(messages) > 0 and messages[0]["role"] == "system"
+    ids = list(fmt.begin if has_system else fmt.begin_default)
     spans = []
     for message in messages:
-        role = message["role"]
-        if role not in fmt.before:
-            raise ValueError(f"unknown role {role!r}: this format knows {sorted(fmt.before)}")
-        ids += fmt.before[role]
+        ids += fmt.before[message["role"]]
         start = len(ids)
         ids += encode(message["content"])
         ids += fmt.end
-        spans.append((role, start, len(ids)))
+        spans.append((message["role"], start, len(ids)))
         ids += fmt.gap
     if add_generation_prompt:
         ids += fmt.before["assistant"]
     return ids, spans
 
 
-def completion_labels(prompt_ids: Sequence[int], ids: Sequence[int]) -> list[int]:
+def completion_labels(prompt_ids: list[int], ids: list[int]) -> list[int]:
     """Labels for one prompt and its completion: the prompt is masked, every token behind it counts.
 
     prompt_ids: the prompt alone, with its generation prompt; ids: prompt and completion together.
@@ -122,17 +116,15 @@ def completion_labels(prompt_ids: Sequence[int], ids: Sequence[int]) -> list[int
     that len(prompt_ids) is not always the place. Returns len(ids) labels, not shifted.
     """
     start = 0
-    for prompt_id, token_id in zip(prompt_ids, ids, strict=False):
-        if prompt_id != token_id:
-            break
+    while start < min(len(prompt_ids), len(ids)) and prompt_ids[start] == ids[start]:
         start += 1
-    return [IGNORE_INDEX] * start + list(ids[start:])
+    return [IGNORE_INDEX] * start + ids[start:]
 
 
-def assistant_labels(ids: Sequence[int], spans: Sequence[Span]) -> list[int]:
+def assistant_labels(ids: list[int], spans: list[tuple]) -> list[int]:
     """Labels for a conversation of many turns: what the assistant said counts, each end-of-turn token included.
 
-    Equal to TRL's `assistant_only_loss=True` on a template whose {% generation %} block holds the end-of-turn token.
+    Equal to TRL's `assistant_only_loss=True` on a template whose {% generation %} block ends with that token.
     Returns len(ids) labels, not shifted.
     """
     labels = [IGNORE_INDEX] * len(ids)
