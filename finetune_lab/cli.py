@@ -32,6 +32,7 @@ COMMANDS = {
     "data": ("finetune_lab.lab.data_cli", "check your own data before training on it"),
     "bench": ("finetune_lab.course.bench", "measure the course's claims on this machine"),
     "build": ("finetune_lab.course.build", "make the notebooks from the lesson sources (authors)"),
+    "lint": ("finetune_lab.course.lint", "check lessons against their budgets (authors)"),
 }
 
 EPILOG = """examples:

@@ -6,6 +6,7 @@ outputs. A cell timeout is always set: matplotlib with widgets has hung a kernel
 
 import os
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +58,8 @@ def run(
     start = time.perf_counter()
     broke = None
     try:
-        client.execute(env={**os.environ, **QUIET, **settings})
+        # The kernel's own log is noise (cells' stderr comes as output).
+        client.execute(env={**os.environ, **QUIET, **settings}, stderr=subprocess.DEVNULL)
     except CellExecutionError:
         pass  # its output is in the notebook
     except CellTimeoutError:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_lab.course import build, check, checks
+from finetune_lab.course import build, check, checks, lint
 from finetune_lab.course.lessons import lessons
 from finetune_lab.errors import UserError
 
@@ -95,3 +95,8 @@ def test_generated_notebooks_are_up_to_date(lesson):
         assert build.problems(lesson) == []
     except UserError as error:
         pytest.fail(str(error))
+
+
+@pytest.mark.parametrize("lesson", lessons(ROOT), ids=lambda lesson: lesson.number)
+def test_the_lesson_keeps_its_budgets(lesson):
+    assert lint.problems(lesson) == []

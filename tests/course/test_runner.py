@@ -1,0 +1,112 @@
+import json
+import re
+
+import lesson_fixture as fixture
+import nbformat
+import pytest
+
+from finetune_lab.cli import main
+from finetune_lab.course import build, predict, progress, runner
+from finetune_lab.course.lessons import lessons
+
+
+@pytest.fixture
+def lesson(tmp_path):
+    lesson = lessons(fixture.source_file(tmp_path / "course"))[0]
+    build.build(lesson)
+    return lesson
+
+
+def test_run_prints_failures_saves_copies_and_leaves_the_learners_notebook_alone(lesson, tmp_path, capsys):
+    notebook = nbformat.read(lesson.notebook, as_version=4)
+    notebook.cells[-1].source = "raise KeyError('gone')"
+    notebook.cells.append(nbformat.v4.new_code_cell("import time\ntime.sleep(60)", id="slow"))
+    nbformat.write(notebook, lesson.notebook)
+    before = lesson.notebook.read_bytes()
+    code = main(["run", "99", "--root", str(lesson.root), "--json", "--timeout", "15", "--save", str(tmp_path / "out")])
+    report = json.loads(capsys.readouterr().out)
+    assert code == 1 and report["failed"] == 1
+    row = report["rows"][0]
+    assert (row["lesson"], row["cells"], row["failures"]) == ("99_masks", 5, 2)
+    assert row["first"] == {"cell": "99-005", "error": "KeyError: 'gone'"}
+    assert lesson.notebook.read_bytes() == before
+    saved = nbformat.read(tmp_path / "out" / "99_masks.ipynb", as_version=4)
+    assert "no prediction yet" in saved.cells[2].outputs[0].text
+
+
+def test_a_good_run_ends_with_0_and_a_table(lesson, capsys):
+    assert main(["run", "--root", str(lesson.root), "--tree", "solutions"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"99_masks +\d+\.\d +5 +0\n1 lessons, 0 failed, 0\.\d minutes, model tiny", out)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["run", "07"], "there is no lesson '07'"), (["run", "--timeout", "0"], "--timeout is 0"),
+    (["run", "--model", "no-such-model"], "no-such-model"), (["run", "--save", "notebooks"], "another folder"),
+    (["reset", "07"], "there is no lesson '07'"), (["build", "07"], "there is no lesson '07'"),
+    (["status", "--root", "nowhere"], "no lessons in"), (["lint", "07"], "there is no lesson '07'"),
+])  # fmt: skip
+def test_bad_input_ends_with_2_and_one_sentence(words, says, lesson, capsys, monkeypatch):
+    monkeypatch.chdir(lesson.root)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_a_missing_or_damaged_notebook_is_named_with_the_fix(lesson, capsys):
+    lesson.notebook.write_text("{")
+    assert main(["run", "99", "--root", str(lesson.root)]) == 2
+    assert "finetune-lab reset 99" in capsys.readouterr().err
+    lesson.notebook.unlink()
+    assert main(["run", "99", "--root", str(lesson.root)]) == 2
+    assert "finetune-lab build 99" in capsys.readouterr().err
+
+
+def test_reset_keeps_every_version_of_the_learners_work(lesson):
+    fresh = lesson.notebook.read_bytes()
+    assert runner.reset(lesson) is None
+    versions = ["one", "two", "three"]  # all within the same second
+    for text in versions:
+        lesson.notebook.write_text(text)
+        assert runner.reset(lesson).read_text() == text
+        assert lesson.notebook.read_bytes() == fresh
+    kept = sorted(path.name for path in lesson.notebook.parent.glob("99_masks.mine-*.ipynb"))
+    assert len(kept) == 3 and all(re.fullmatch(r"99_masks\.mine-\d{8}-\d{6}(-\d)?\.ipynb", name) for name in kept)
+
+
+def test_reset_says_what_it_did(lesson, capsys):
+    command = ["reset", "99", "--root", str(lesson.root)]
+    main(command)
+    lesson.notebook.write_text("mine")
+    main(command)
+    lesson.notebook.unlink()
+    main(command)
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        "already as it was delivered" in lines[0] and "yours is 99_masks.mine-" in lines[1] and "it is back" in lines[2]
+    )
+
+
+def test_status_tells_ok_tried_not_yet_and_predictions(lesson, registry, capsys, monkeypatch):
+    from finetune_lab.course import check
+
+    monkeypatch.setattr(check, "lesson_modules", list)
+    progress.record_exercise("99.1", "ok", "hide the prompt")
+    progress.record_exercise("99.2", "wrong", "a scaled layer")
+    predict.number("99-p1", 4, 5.5)
+    capsys.readouterr()
+    assert main(["status", "--root", str(lesson.root)]) == 0
+    out = capsys.readouterr().out
+    assert "99_masks: 1 of 3 exercises" in out
+    assert "[ok] 99.1 hide the prompt" in out and "[x]  99.2 a scaled layer  (1 tries)" in out and "[ ]  99.3" in out
+    assert "99-p1: you said 4, it was 5.5: off by 1.5" in out
+    assert main(["status", "--json", "--root", str(lesson.root)]) == 0
+    states = [row["state"] for row in json.loads(capsys.readouterr().out)["lessons"][0]["exercises"]]
+    assert states == ["ok", "tried", "not yet"]
+
+
+@pytest.mark.parametrize("command", ["run", "status", "reset", "build", "lint"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"example: finetune-lab {command}" in capsys.readouterr().out
