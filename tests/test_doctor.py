@@ -176,12 +176,16 @@ def test_minutes_come_only_from_recorded_runs(machine, monkeypatch, tmp_path, ca
     assert doctor.recorded_minutes("tiny") == {}
     cli.main(["doctor"])
     assert "minutes not recorded yet" in capsys.readouterr().out
-    run = {"model": "tiny", "rows": [{"lesson": "01", "seconds": 90.0}]}
+    rows = [
+        {"lesson": "01_loss_masking", "seconds": 90.0, "failures": 0},
+        {"lesson": "02_broken", "seconds": 5.0, "failures": 1},
+    ]
+    run = {"model": "tiny", "rows": rows, "machine": {"cpu": "Zen", "cores": 2}}
     (tmp_path / "run_tiny.json").write_text(json.dumps(run))
-    assert doctor.recorded_minutes("tiny") == {"01": 1.5}
+    assert doctor.recorded_minutes("tiny") == {"01 (Zen, 2 cores)": 1.5}
     assert doctor.recorded_minutes("smollm2-135m") == {}
     cli.main(["doctor"])
-    assert "lesson 01 1.5 min" in capsys.readouterr().out
+    assert "lesson 01 (Zen, 2 cores) 1.5 min" in capsys.readouterr().out
 
 
 # ---- the probe, in a process of its own, with a torch that is really broken ---------------------------------------

@@ -208,12 +208,17 @@ def tiers(learnt: dict) -> list[dict]:
 
 
 def recorded_minutes(model: str) -> dict[str, float]:
-    """lesson -> minutes, from the runs kept in finetune_lab/evidence (`finetune-lab run --json`)."""
+    """lesson -> minutes of machine time, from the runs kept in finetune_lab/evidence/run_*.json.
+
+    Such a file is what `finetune-lab run --json` prints, with `machine` as the benches record it.
+    """
     minutes = {}
     for path in sorted(EVIDENCE.glob("run_*.json")):
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept.get("model") == model:
-            minutes |= {row["lesson"]: round(row["seconds"] / 60, 1) for row in kept["rows"]}
+        if kept["model"] == model:
+            good = [row for row in kept["rows"] if not row["failures"]]
+            where = f" ({kept['machine']['cpu']}, {kept['machine']['cores']} cores)"
+            minutes |= {row["lesson"][:2] + where: round(row["seconds"] / 60, 1) for row in good}
     return minutes
 
 
