@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from finetune_lab.environment import threads_for
 from finetune_lab.errors import UserError
 from finetune_lab.lab import fetch, hub
 
@@ -64,6 +65,7 @@ def load(name: str | None = None, *, dtype: torch.dtype = torch.float32, device=
     device: None means the CPU for `tiny` (a GPU only makes it slower) and the first GPU, if any, for others.
     seed: given to `torch.manual_seed` after loading, so that an adapter made next starts from the same numbers on
         each run. None leaves torch's generator alone.
+    torch then uses one thread for `tiny` and every core for others, unless OMP_NUM_THREADS was set by the reader.
     Raises UserError, one sentence, for every name that cannot be loaded.
     """
     name = chosen(name)
@@ -87,6 +89,7 @@ def load(name: str | None = None, *, dtype: torch.dtype = torch.float32, device=
     if device is None:
         device = "cuda" if name != "tiny" and torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()
+    torch.set_num_threads(threads_for(name))
     if seed is not None:
         torch.manual_seed(seed)
     return model, tokenizer

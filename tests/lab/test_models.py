@@ -34,6 +34,11 @@ def own_home(tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_LAB_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("FINETUNE_LAB_MODEL", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("FINETUNE_LAB_OMP_IS_DEFAULT", raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +103,15 @@ def test_what_is_made_after_loading_starts_from_the_same_numbers(mini):
     before = torch.get_rng_state()
     models.load(str(mini), device="cpu", seed=None)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_real_model_gets_every_core_unless_the_reader_said_otherwise(mini, monkeypatch):
+    models.load(str(mini), device="cpu")
+    assert torch.get_num_threads() == 1
+    monkeypatch.setenv("FINETUNE_LAB_OMP_IS_DEFAULT", "1")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    models.load(str(mini), device="cpu")
+    assert torch.get_num_threads() == 3
 
 
 def test_the_environment_chooses_the_default(mini, monkeypatch):
