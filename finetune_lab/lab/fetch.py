@@ -205,7 +205,7 @@ def pip_download(wheel: Wheel, folder: Path) -> None:
         "--disable-pip-version-check", "--timeout", "15", "--retries", "2", "--dest", str(folder), wheel.requirement,
     ]  # fmt: skip
     temporary = {key: str(folder) for key in ("TMPDIR", "TEMP", "TMP")}  # what pip leaves behind is cleaned with ours
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | temporary)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | temporary)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module named pip" in line]
         raise SourceSilent(

@@ -101,7 +101,7 @@ def _ask(repo: str, revision: str | None) -> dict[str, int]:
         try:
             info = huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=PATIENCE, files_metadata=True)
             answer["files"] = {f.rfilename: f.size or 0 for f in info.siblings}
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (handed to the thread that waits)
             answer["error"] = error
 
     # In a thread, because looking up a name has no timeout of its own in Python.

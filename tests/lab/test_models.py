@@ -264,7 +264,7 @@ def online(monkeypatch):
     monkeypatch.setattr(hub, "cached", lambda repo, revision=None: None)
 
     class Hub:
-        answer = staticmethod(lambda: [])
+        answer = staticmethod(list)
 
     def model_info(self, repo, **kwargs):
         return Info([Sibling(name, 1) for name in Hub.answer()])
