@@ -20,7 +20,7 @@ What the builder changes:
 - cell ids are `NN-003`: the position in the source, so a cell has one id in both notebooks.
 
 Every run gives the same bytes. `--execute` runs the solution on the tiny model and keeps its outputs, without
-stderr, live-widget references and HTML twins of pictures. The notebook's metadata then say where they came from:
+stderr and references to live widgets. The notebook's metadata then say where they came from:
 `source_sha256` covers the text of the lesson's `.py` file (not the package, the model or the libraries);
 `outputs_sha256` covers the outputs as they were kept. `--check` compares both and rebuilds the rest in memory.
 """

@@ -83,8 +83,7 @@ def failures(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
 def tidy(notebook: nbformat.NotebookNode) -> list[str]:
     """Strip from the outputs, in place, what must not be kept; return what was said on stderr, by cell.
 
-    A picture or table replaces its widget (no kernel, no widget), and a PNG with alternative text its HTML twin
-    (`plots.show` sends the twin for JupyterLab, which ignores the alternative text of a PNG).
+    A picture or table replaces its widget: without a kernel JupyterLab shows an error in the widget's place.
     """
     said = []
     for cell in notebook.cells:
@@ -96,8 +95,6 @@ def tidy(notebook: nbformat.NotebookNode) -> list[str]:
             data = output.get("data", {})
             if "image/png" in data or "text/html" in data:
                 data.pop(WIDGET, None)
-            if "image/png" in data and output.metadata.get("image/png", {}).get("alt"):
-                data.pop("text/html", None)
             if output.output_type == "stream" and output.name == "stderr":
                 said.append(f"{cell.id}: {(output.text.strip().splitlines() or [''])[-1]}")
         cell.outputs = [out for out in cell.outputs if not (out.output_type == "stream" and out.name == "stderr")]

@@ -4,8 +4,8 @@
     plots.show(figure, alt="Loss falls from 5.1 to 0.2 nats in 40 steps and then stays.")
 
 Colours have contrast of at least 3:1 on white; a marker and a direct label say the same as each colour, so nothing is
-lost in grey. `show` publishes a PNG of fixed width with the alternative text in its metadata (nbconvert reads it) and
-an HTML `<img alt>` twin for JupyterLab, which ignores that metadata; the builder drops the twin from saved outputs.
+lost in grey. `show` publishes an HTML `<img alt>` of fixed width, and the same PNG with the alternative text in its
+metadata: JupyterLab 4.6 and nbconvert 7.17 ignore that metadata but prefer HTML; other readers take the PNG.
 """
 
 import base64
@@ -18,6 +18,7 @@ from typing import Self
 import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from finetune_lab.errors import UserError
@@ -60,6 +61,8 @@ def line(xs, ys, title: str, x: str, y: str) -> Figure:
     if len(series) > len(COLOURS):
         raise UserError(f"{len(series)} lines in one picture; at most {len(COLOURS)} can be told apart.")
     figure, ax = axes(title, x, y)
+    if all(float(value).is_integer() for value in xs):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # no step 2.5
     with matplotlib.rc_context(STYLE):
         for (label, values), colour, marker in zip(series.items(), COLOURS, MARKERS, strict=False):
             ax.plot(xs, values, color=colour, marker=marker, markevery=max(1, len(xs) // 8))

@@ -27,7 +27,7 @@ def test_execution_keeps_clean_outputs_twice_the_same_and_a_failing_cell_is_name
     ]
     assert "you said 4, it is 5: off by 1" in outputs[0].text
     assert outputs[-1].metadata["image/png"]["alt"] == "a falling line"
-    assert set(outputs[-1].data) == {"image/png", "text/plain"}
+    assert set(outputs[-1].data) == {"image/png", "text/html", "text/plain"}
     assert not any(output.get("name") == "stderr" for output in outputs)
     build.build(lesson, run=True)
     assert lesson.solution.read_bytes() == first

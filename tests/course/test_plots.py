@@ -100,3 +100,20 @@ def test_a_live_curve_leaves_one_picture_with_first_and_last_value_in_its_alt(li
     assert len(shown) == 1
     assert shown[0][1]["image/png"]["alt"] == "The loss. From 3 to 1 in 3 steps."
     assert plt.get_fignums() == []
+
+
+def test_a_page_made_with_nbconvert_has_the_alternative_text():
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    data, metadata = plots.bundle(plots.line([1, 2], [1, 2], "t", "step", "y"), "a rising line")
+    output = nbformat.v4.new_output("display_data", data=data, metadata=metadata)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[output])])
+    page = HTMLExporter().from_notebook_node(notebook)[0]
+    assert 'alt="a rising line"' in page and "No description has been provided" not in page
+
+
+def test_steps_are_whole_numbers_on_the_axis():
+    ax = plots.line([1, 2, 3], [1, 2, 3], "t", "step", "y").axes[0]
+    assert all(float(tick).is_integer() for tick in ax.get_xticks())
+    plt.close("all")
