@@ -129,6 +129,7 @@ def _outputs(notebook: nbformat.NotebookNode) -> list:
 
 def _stamp(notebook: nbformat.NotebookNode, lesson: Lesson) -> None:
     notebook.metadata["finetune_lab"]["executed"] = {
+        "covers": f"the text of {lesson.source.name}",
         "model": "tiny",
         "outputs_sha256": sha256(json.dumps(_outputs(notebook), sort_keys=True)),
         "source_sha256": sha256(read_source(lesson)),

@@ -35,6 +35,8 @@ def difference(expected, got, rtol: float | None = None, atol: float | None = No
         same = type(got) is type(expected) and got == expected
         return None if same else f"{at}expected {describe(expected)}, got {describe(got)}"
     if isinstance(expected, int | float | np.number):
+        if isinstance(got, torch.Tensor) and got.ndim == 0:
+            return f"{at}expected a Python number, got a tensor: .item() makes one of it"
         if isinstance(got, bool) or not isinstance(got, int | float | np.number):
             return f"{at}expected the number {describe(expected)}, got {describe(got)}"
         r, a = (TOLERANCE[torch.float32][0] if rtol is None else rtol), (0.0 if atol is None else atol)
@@ -75,7 +77,8 @@ def _tensors(expected, got, rtol, atol, at) -> str | None:
     if expected.device != got.device:
         return f"{at}expected device {expected.device}, got {got.device}"
     r, a = TOLERANCE.get(expected.dtype, (0.0, 0.0))
-    r, a = (r if rtol is None else rtol), (a if atol is None else atol)
+    if expected.is_floating_point() or expected.is_complex():  # integers and masks are exact
+        r, a = (r if rtol is None else rtol), (a if atol is None else atol)
     wrong = ~torch.isclose(got, expected, rtol=r, atol=a, equal_nan=True)
     if not wrong.any():
         return None

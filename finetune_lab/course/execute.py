@@ -66,6 +66,10 @@ def run(
         broke = f"a cell ran longer than {timeout:.0f} s"
     except DeadKernelError:
         broke = "the kernel died (out of memory?)"
+    except Exception:
+        if client.km is None:  # nbclient 0.11 answers Ctrl-C by ending the kernel, and then trips over its absence
+            raise KeyboardInterrupt from None
+        raise
     return time.perf_counter() - start, broke
 
 

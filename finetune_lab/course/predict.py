@@ -22,7 +22,7 @@ def number(id: str, guess, actual, unit: str = "") -> None:
     if guess is ... or guess is None:
         print(f"[ ] {id}: no prediction yet: write a number first. It is {_show(actual, unit)}.")
         return
-    if not isinstance(guess, int | float) or isinstance(guess, bool):
+    if not isinstance(guess, int | float) or isinstance(guess, bool) or not abs(guess) < 1e300:  # nan, inf
         print(f"[ ] {id}: a prediction is a number, like guess = 30; yours is {guess!r}. It is {_show(actual, unit)}.")
         return
     off = abs(guess - actual)

@@ -177,7 +177,7 @@ def test_sizes_are_never_square():
         (torch.tensor([float("nan")]), torch.tensor([0.0]), "differ"),
         (3, 4, "expected 3"),
         (3, True, "number"),
-        (0.5, torch.tensor(0.5), "number"),
+        (0.5, torch.tensor(0.5), ".item()"),
         ("a", "b", "'a'"),
         ([1, 2], [1], "elements"),
         ({"a": 1}, {"b": 1}, "keys"),
@@ -194,5 +194,6 @@ def test_differences_are_found_and_said(expected, got, says):
 def test_close_values_are_the_same_and_a_list_may_stand_for_a_tuple():
     assert difference(torch.ones(3), torch.ones(3) * (1 + 1e-7)) is None
     assert difference(torch.ones(3), torch.ones(3) * 1.01, rtol=0.1) is None
+    assert difference(torch.ones(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool), rtol=0.1) is None
     assert difference((1, 2.0), [1, 2]) is None
     assert difference(float("nan"), float("nan")) is None

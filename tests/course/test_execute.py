@@ -1,7 +1,14 @@
-"""The builder with a real kernel: one test, because a kernel costs seconds."""
+"""The builder and the runner with a real kernel: few tests, because a kernel costs seconds."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import lesson_fixture as fixture
 import nbformat
+import pytest
 
 from finetune_lab.course import build
 from finetune_lab.course.lessons import lessons
@@ -39,3 +46,23 @@ def test_execution_keeps_clean_outputs_twice_the_same_and_a_failing_cell_is_name
     except UserError as error:
         assert "cell 99-007: ValueError: no such mask" in str(error)
     assert lesson.solution.read_bytes() == first
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT to one process")
+def test_ctrl_c_stops_a_run_with_one_line_and_no_kernel_left(tmp_path):
+    lesson = lessons(fixture.source_file(tmp_path))[0]
+    pid_file = tmp_path / "pid"
+    slow = f"\n# %%\nimport os, pathlib, time\npathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\ntime.sleep(99)\n"
+    lesson.source.write_text(lesson.source.read_text() + slow)
+    build.build(lesson)
+    command = [sys.executable, "-m", "finetune_lab", "run", "--root", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if pid_file.exists() and pid_file.read_text():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and error.splitlines()[-1] == "finetune-lab: stopped." and "Traceback" not in error
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)

@@ -98,7 +98,7 @@ def test_the_first_prediction_is_the_one_that_counts(capsys):
 
 
 @pytest.mark.parametrize("guess, says", [(..., "write a number first"), (None, "write a number first"),
-                                         ("30%", "a prediction is a number"), (True, "a prediction is a number")])  # fmt: skip
+                                         ("30%", "a prediction is a number"), (float("nan"), "a prediction is a number"), (True, "a prediction is a number")])  # fmt: skip
 def test_without_a_number_the_value_is_shown_and_nothing_stored(guess, says, capsys):
     predict.number("01-p1", guess, 5)
     out = capsys.readouterr().out

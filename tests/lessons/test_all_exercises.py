@@ -40,8 +40,10 @@ def definition(code: str, name: str) -> str | None:
 
 
 @pytest.mark.parametrize("ex", EXERCISES, ids=ids)
-def test_the_reference_passes(ex):
+def test_the_reference_passes_and_leaves_its_inputs_alone(ex):
     for seed in SEEDS:
+        cases = ex.cases(checks.Draw(seed))
+        assert not any(checks.outcome(ex, ex.reference, one, seed).changed for one in cases)
         verdict = checks.judge(ex, ex.reference, seed)
         assert verdict.status == "ok" and verdict.answer is ex.reference, verdict.text
 
