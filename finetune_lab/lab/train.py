@@ -18,13 +18,19 @@ from finetune_lab.methods.chat import chat_format, completion_labels, render_cha
 from finetune_lab.methods.loss import labelled_only_loss
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, items: Sequence[dict], mask: str = "completion") -> list[tuple[list, list]]:
-    """`(ids, labels)` of each prompt-completion item; `mask="all"` counts every token but the first.
+Mask = str | Callable[[list, list], list]
 
+
+def encode(tokenizer: PreTrainedTokenizerBase, items: Sequence[dict], mask: Mask = "completion") -> list[tuple[list, list]]:
+    """`(ids, labels)` of each prompt-completion item.
+
+    mask: "completion" counts the answer, "all" every token but the first; or a function (prompt_ids, ids) -> labels.
     Raises UserError when the mask is unknown or an item is longer than the model's context.
     """
-    if mask not in ("completion", "all"):
-        raise UserError(f"unknown mask {mask!r}: use 'completion' (only the answer counts) or 'all'")
+    masks = {"completion": completion_labels, "all": lambda prompt_ids, ids: list(ids)}
+    labels_of = mask if callable(mask) else masks.get(mask)
+    if labels_of is None:
+        raise UserError(f"unknown mask {mask!r}: use 'completion' (only the answer counts), 'all' or a function")
     fmt, text = chat_format(tokenizer), text_encoder(tokenizer)
     rows = []
     for n, item in enumerate(items):
@@ -34,7 +40,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, items: Sequence[dict], mask: str 
             raise UserError(
                 f"item {n} has {len(ids)} tokens, the model's context is {tokenizer.model_max_length}: shorten it"
             )
-        rows.append((ids, completion_labels(prompt, ids) if mask == "completion" else list(ids)))
+        rows.append((ids, labels_of(prompt, ids)))
     return rows
 
 
@@ -73,7 +79,7 @@ def sft(
     batch_size: int,
     lr: float,
     seed: int = 0,
-    mask: str = "completion",
+    mask: Mask = "completion",
     warmup: int = 10,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[dict]:

@@ -92,7 +92,7 @@ def render_chat(
     """
     unknown = {message["role"] for message in messages} - set(fmt.before)
     if unknown:
-        raise ValueError(f"unknown role {sorted(unknown)[0]!r}: this format knows {sorted(fmt.before)}")
+        raise ValueError(f"unknown role {min(unknown)!r}: this format knows {sorted(fmt.before)}")
     has_system = len(messages) > 0 and messages[0]["role"] == "system"
     ids = list(fmt.begin if has_system else fmt.begin_default)
     spans = []

@@ -74,57 +74,63 @@ def labelled_only_loss(
 
 
 def chunked_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | int | None = None, chunk: int = 128
+    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | int | None = None, tile: int | None = None
 ) -> Tensor:
-    """`labelled_only_loss` in chunks of positions, with the gradient computed during the forward pass.
+    """`labelled_only_loss` over tiles of the vocabulary, with the gradient computed during the forward pass.
 
-    Same arguments and value; chunk: labelled positions at a time. The largest extra tensor is (chunk, vocab): no
-    logits are kept for the backward pass. A frozen head (weight.requires_grad False) costs no (vocab, width) gradient.
-    Backward may run once, and only first derivatives exist.
+    Same arguments and value. tile: rows of `weight` at a time; None makes tiles of logits of about 4 MiB, so that the
+    extra memory does not grow with the vocabulary. A frozen head (weight.requires_grad False) costs two matrix
+    products and no (vocab, width) gradient; a trained one costs four. Backward may run once, first derivatives only.
     """
     states, targets = shift(hidden, labels)
     counted = (targets != IGNORE_INDEX).flatten().nonzero().squeeze(1)
     rows = states.flatten(0, 1).index_select(0, counted)
-    total = _ChunkedCrossEntropy.apply(rows, weight, targets.flatten()[counted], chunk)
+    tile = tile or max(256, 2**20 // max(len(counted), 1))
+    total = _TiledCrossEntropy.apply(rows, weight, targets.flatten()[counted], tile)
     if num_items is None:
         num_items = len(counted)
     return total / num_items
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(rows @ weight.T)[targets], its gradients made chunk by chunk in the forward pass.
+class _TiledCrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(rows @ weight.T)[targets], and its gradients, without ever holding (rows, vocab).
 
-    With e = exp(logits - max) and s = sum(e): d loss / d logits = e / s - onehot(target). Neither the division nor the
-    one-hot needs a pass over (chunk, vocab): both commute with the matrix product, (e @ weight) / s - weight[target].
+    d loss / d rows = softmax(rows @ weight.T) @ weight - weight[targets]: attention of each row over the vocabulary,
+    `weight` being keys and values. So the running maximum and sum of FlashAttention (Dao et al. 2022, arXiv
+    2205.14135, algorithm 1) compute loss and gradient in one pass over the tiles.
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        need_rows, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        grad_rows = torch.empty_like(rows) if need_rows else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        for start in range(0, len(rows), chunk):
-            x, target = rows[start : start + chunk], targets[start : start + chunk]
-            e = (x @ weight.T).float()  # (chunk, vocab); fp32 from here on
-            picked = e.gather(1, target[:, None])
-            largest = e.amax(1, keepdim=True)
-            s = e.sub_(largest).exp_().sum(1, keepdim=True)
-            total += (largest + s.log() - picked).sum()
-            if need_rows:
-                grad_rows[start : start + chunk] = (e.to(weight.dtype) @ weight).float() / s - weight[target].float()
-            if need_weight:
-                grad_weight += e.T @ (x.float() / s)
-                grad_weight.index_add_(0, target, x.float(), alpha=-1)
-            del e  # else it lives on while the next chunk is made: twice the memory
+    def forward(ctx, rows: Tensor, weight: Tensor, targets: Tensor, tile: int) -> Tensor:
+        target_weight = weight[targets].float()
+        largest = torch.full((len(rows), 1), -torch.inf, device=rows.device)
+        s = torch.zeros_like(largest)  # sum of exp(logit - largest)
+        mixed = torch.zeros_like(target_weight)  # sum of exp(logit - largest) * weight row
+        for w in weight.split(tile):
+            e = (rows @ w.T).float()  # (rows, tile); fp32 from here on
+            before, largest = largest, torch.maximum(largest, e.amax(1, keepdim=True))
+            e.sub_(largest).exp_()
+            old = (before - largest).exp()
+            s = s.mul_(old).add_(e.sum(1, keepdim=True))
+            if ctx.needs_input_grad[0]:
+                mixed.mul_(old).add_(e.to(w.dtype) @ w)
+            del e  # else it lives on while the next tile is made: twice the memory
+        lse = largest + s.log()
+        grad_rows = (mixed / s - target_weight).to(rows.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = _grad_weight(rows, weight, targets, tile, lse) if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(grad_rows, grad_weight)
-        ctx.dtype = weight.dtype
-        return total
+        return (lse.squeeze(1) - (rows.float() * target_weight).sum(1)).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total: Tensor):
-        grad_rows, grad_weight = ctx.saved_tensors
-        grad_rows = None if grad_rows is None else grad_rows.mul_(grad_total)
-        grad_weight = None if grad_weight is None else grad_weight.mul_(grad_total).to(ctx.dtype)
-        return grad_rows, grad_weight, None, None
+        return *(grad if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors), None, None
+
+
+def _grad_weight(rows: Tensor, weight: Tensor, targets: Tensor, tile: int, lse: Tensor) -> Tensor:
+    """Gradient of the summed loss at the head: (softmax - onehot).T @ rows, made in fp32, returned in weight's dtype."""
+    grad = torch.cat([((rows @ w.T).float().sub_(lse).exp_().T @ rows.float()).to(w.dtype) for w in weight.split(tile)])
+    places, inverse = targets.unique(return_inverse=True)
+    picked = torch.zeros(len(places), rows.shape[1], device=rows.device).index_add_(0, inverse, rows.float())
+    grad[places] = (grad[places].float() - picked).to(grad.dtype)
+    return grad

@@ -102,7 +102,7 @@ def test_no_label_gives_nan_like_the_mean_of_nothing_and_has_labels_finds_the_ro
     assert sft_loss(logits[:1], labels[:1], num_items=1) == 0
 
 
-@pytest.mark.parametrize("loss_fn", [labelled_only_loss, chunked_loss, lambda *a: chunked_loss(*a, chunk=3)])
+@pytest.mark.parametrize("loss_fn", [labelled_only_loss, chunked_loss, lambda *a: chunked_loss(*a, tile=7)])
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen head", "trainable head"])
 @pytest.mark.parametrize("num_items", [None, 50])
 @pytest.mark.parametrize("seed", range(2))
@@ -130,7 +130,7 @@ def test_chunked_loss_in_bf16_is_as_close_to_the_truth_as_full_logits_in_bf16(tr
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     truth = F.cross_entropy((exact[0] @ exact[1].T)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     truths = torch.autograd.grad(truth, exact)
-    losses = {"full": sft_loss(hidden @ weight.T, labels), "chunked": chunked_loss(hidden, weight, labels, chunk=16)}
+    losses = {"full": sft_loss(hidden @ weight.T, labels), "chunked": chunked_loss(hidden, weight, labels, tile=50)}
     error = {}
     for name, loss in losses.items():
         grads = torch.autograd.grad(loss, inputs)
@@ -168,7 +168,7 @@ def test_chunked_loss_holds_a_tenth_of_the_memory_of_full_logits():
         return lambda: loss_fn().backward()
 
     full = peak_bytes(step(lambda: sft_loss(hidden @ weight.T, labels)))
-    ours = peak_bytes(step(lambda: chunked_loss(hidden, weight, labels, chunk=32)))
+    ours = peak_bytes(step(lambda: chunked_loss(hidden, weight, labels, tile=512)))
     assert full > 2 * 511 * 4096 * 4  # logits and their gradient, at least
     assert ours < full / 10
 
