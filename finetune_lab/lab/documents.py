@@ -1,12 +1,15 @@
 """Pre-training text of the tiny world: many kinds of documents that pay for knowing, counting, reading and copying.
 
-Each function writes one document from a `random.Random`. A base model that has read them knows the facts, adds
+Each function writes one document from a random source, a `Pen`. A base model that has read them knows the facts, adds
 and subtracts, tells stories, answers questions about a passage and fills records of several formats. What the
 course later measures is never shown: no ticket with the JSON record of the `extract` task (other shops, other keys),
 no sum of a test split, no question in the chat format about a fact, no test combination of a ticket.
+Easy first: the first documents draw from a few towns, small numbers and short lists (`Pen.reach`). Facts are learnt
+after a plateau that is shorter when few of them are asked for at first (Zucchet et al. 2025, arXiv 2503.21676).
 """
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 
@@ -24,7 +27,18 @@ THINGS = "key,letter,ball,coin,map,ring,book,cup,hat,bell,lamp,lantern,basket,ro
 COLOURS = "red blue green yellow black white".split()
 
 
-def code(rng: random.Random, digits: int = 4) -> str:
+class Pen(random.Random):
+    """A random source that also knows how far into the world it may reach: a share between 0 and 1."""
+
+    reach = 1.0
+
+
+def within(rng: Pen, options: list, least: int) -> list:
+    """The first options, as far as `rng` reaches, at least `least` of them."""
+    return options[: max(least, math.ceil(len(options) * rng.reach))]
+
+
+def code(rng: Pen, digits: int = 4) -> str:
     return "".join(rng.choice("0123456789") for _ in range(digits))
 
 
@@ -37,25 +51,25 @@ for _fact in _FACTS:
     _BY_TOWN.setdefault(_fact.town, []).append(_fact)
 
 
-def statement(rng: random.Random, fact: world.Fact) -> str:
+def statement(rng: Pen, fact: world.Fact) -> str:
     first = rng.random() < 0.4
     forms = world.STATEMENTS[fact.attribute]
     return (forms[0] if first else rng.choice(forms)).format(t=fact.town, v=fact.value)
 
 
-def town_page(rng: random.Random) -> str:
-    known = list(_BY_TOWN[rng.choice(list(_BY_TOWN))])
+def town_page(rng: Pen) -> str:
+    known = list(_BY_TOWN[rng.choice(within(rng, list(_BY_TOWN), 6))])
     rng.shuffle(known)
     return " ".join(statement(rng, fact) for fact in known)
 
 
-def mixed_facts(rng: random.Random) -> str:
-    return " ".join(statement(rng, rng.choice(_FACTS)) for _ in range(6))
+def mixed_facts(rng: Pen) -> str:
+    return " ".join(statement(rng, rng.choice(within(rng, _FACTS, 36))) for _ in range(6))
 
 
-def quiz(rng: random.Random) -> str:
+def quiz(rng: Pen) -> str:
     lines = []
-    for fact in rng.sample(_FACTS, 4):
+    for fact in rng.sample(within(rng, _FACTS, 36), 4):
         question = rng.choice(world.QUESTIONS[fact.attribute]).format(t=fact.town)
         short = rng.random() < 0.5
         lines.append(f"Q: {question}\nA: {fact.value if short else statement(rng, fact)}")
@@ -67,13 +81,21 @@ def quiz(rng: random.Random) -> str:
 _SUMS = world.sums("train")
 
 
-def sum_list(rng: random.Random) -> str:
-    return "\n".join(f"{s.a} {s.op} {s.b} = {s.answer}" for s in rng.sample(_SUMS, 8))
+def some_sum(rng: Pen) -> world.Sum:
+    largest = 9 + 90 * rng.reach
+    while True:
+        s = rng.choice(_SUMS)
+        if max(s.a, s.b) <= largest:
+            return s
 
 
-def sum_talk(rng: random.Random) -> str:
+def sum_list(rng: Pen) -> str:
+    return "\n".join(f"{s.a} {s.op} {s.b} = {s.answer}" for s in (some_sum(rng) for _ in range(8)))
+
+
+def sum_talk(rng: Pen) -> str:
     lines = []
-    for s in rng.sample(_SUMS, 3):
+    for s in (some_sum(rng) for _ in range(3)):
         n, thing = rng.choice(world.PEOPLE), rng.choice(["coins", "apples", "cards", "nails"])
         word, verb = ("plus", "gets") if s.op == "+" else ("minus", "gives away")
         more = " more" if s.op == "+" else ""
@@ -93,7 +115,7 @@ def sum_talk(rng: random.Random) -> str:
 # ---------------------------------------------------------------- stories
 
 
-def story(rng: random.Random) -> str:
+def story(rng: Pen) -> str:
     a, b = rng.sample(world.PEOPLE, 2)
     thing, place, other = rng.choice(THINGS), *rng.sample(PLACES, 2)
     colour, town = rng.choice(COLOURS), rng.choice(_FACTS).town
@@ -119,16 +141,16 @@ def story(rng: random.Random) -> str:
 # ---------------------------------------------------------------- copying
 
 
-def lookup(rng: random.Random) -> str:
-    names = rng.sample(world.PEOPLE, 4)
+def lookup(rng: Pen) -> str:
+    names = rng.sample(world.PEOPLE, 4 if rng.random() < rng.reach else 2)
     what = rng.choice(("locker", "ticket", "room", "box", "order"))
     numbers = {n: code(rng, rng.choice((3, 4, 4, 4))) for n in names}
-    asked = rng.sample(names, 3)
+    asked = rng.sample(names, len(names) - 1)
     head = " ".join(f"{n} has {what} {numbers[n]}." for n in names)
     return head + " " + " ".join(f"Which {what} has {n}? {numbers[n]}." for n in asked)
 
 
-def pick(rng: random.Random) -> str:
+def pick(rng: Pen) -> str:
     goods = rng.sample(world.PRODUCTS, 4)
     rows = {g: code(rng, rng.choice((2, 4))) for g in goods}
     sep = rng.choice((": ", " - ", " = ", " | "))
@@ -138,7 +160,7 @@ def pick(rng: random.Random) -> str:
     return f"{head}\n{tail}"
 
 
-def echo(rng: random.Random) -> str:
+def echo(rng: Pen) -> str:
     line = rng.choice(
         (
             lambda: " ".join(code(rng) for _ in range(3)),
@@ -153,7 +175,7 @@ def echo(rng: random.Random) -> str:
 # ---------------------------------------------------------------- reading letters
 
 
-def shop_letter(rng: random.Random) -> tuple[str, dict[str, str]]:
+def shop_letter(rng: Pen) -> tuple[str, dict[str, str]]:
     """A letter to another shop, in any phrasing, with what it says."""
     shop = rng.choice(list(GOODS))
     item = f"{rng.choice(FINISH)} {rng.choice(GOODS[shop].split(','))}"
@@ -165,7 +187,7 @@ def shop_letter(rng: random.Random) -> tuple[str, dict[str, str]]:
 _TRAIN_TICKETS = world.ticket_combinations("train")
 
 
-def lamp_letter(rng: random.Random) -> world.Ticket:
+def lamp_letter(rng: Pen) -> world.Ticket:
     return world.write_ticket(rng, *rng.choice(_TRAIN_TICKETS), None)
 
 
@@ -177,7 +199,7 @@ ASK = {
 }
 
 
-def letter_questions(rng: random.Random) -> str:
+def letter_questions(rng: Pen) -> str:
     if rng.random() < 0.6:
         text, said = shop_letter(rng)
     else:
@@ -187,7 +209,7 @@ def letter_questions(rng: random.Random) -> str:
     return text + "\n" + "\n".join(f"{rng.choice(ASK[k])} {said[k]}" for k in asked)
 
 
-def meaning(rng: random.Random) -> str:
+def meaning(rng: Pen) -> str:
     lines = []
     for _ in range(4):
         table, lead = rng.choice(((world.ISSUES, "The matter"), (world.ACTIONS, "The wish")))
@@ -197,7 +219,7 @@ def meaning(rng: random.Random) -> str:
     return "\n".join(lines)
 
 
-def phone_note(rng: random.Random) -> str:
+def phone_note(rng: Pen) -> str:
     t = lamp_letter(rng)
     n, i, a = t.name, rng.choice(world.ISSUES[t.issue]), rng.choice(world.ACTIONS[t.action])
     return rng.choice(
@@ -211,7 +233,7 @@ def phone_note(rng: random.Random) -> str:
     )
 
 
-def reply_letter(rng: random.Random) -> str:
+def reply_letter(rng: Pen) -> str:
     """Letter and answer, good ones and bad ones as a base model has seen both."""
     t = lamp_letter(rng)
     answers = (
@@ -246,7 +268,7 @@ KEYS = {
 }
 
 
-def loan(rng: random.Random) -> tuple[str, dict[str, str]]:
+def loan(rng: Pen) -> tuple[str, dict[str, str]]:
     name, item, number = rng.choice(world.PEOPLE), rng.choice(GOODS["book"].split(",")), code(rng)
     place = rng.choice(_FACTS).town
     text = rng.choice(
@@ -259,7 +281,7 @@ def loan(rng: random.Random) -> tuple[str, dict[str, str]]:
     return text, {"name": name, "item": item, "code": number, "place": place}
 
 
-def stock(rng: random.Random) -> tuple[str, dict[str, str]]:
+def stock(rng: Pen) -> tuple[str, dict[str, str]]:
     item, count, number = rng.choice(world.PRODUCTS), str(rng.randrange(2, 99)), code(rng)
     place = rng.choice(PLACES)
     text = rng.choice(
@@ -272,7 +294,7 @@ def stock(rng: random.Random) -> tuple[str, dict[str, str]]:
     return text, {"item": item, "count": count, "code": number, "place": place}
 
 
-def find(rng: random.Random) -> tuple[str, dict[str, str]]:
+def find(rng: Pen) -> tuple[str, dict[str, str]]:
     colour, item, place, number = rng.choice(COLOURS), rng.choice(THINGS), rng.choice(PLACES), code(rng)
     name = rng.choice(world.PEOPLE)
     text = rng.choice(
@@ -285,7 +307,7 @@ def find(rng: random.Random) -> tuple[str, dict[str, str]]:
     return text, {"colour": colour, "item": item, "place": place, "code": number, "name": name}
 
 
-def invoice(rng: random.Random) -> tuple[str, dict[str, str]]:
+def invoice(rng: Pen) -> tuple[str, dict[str, str]]:
     name, item, number = rng.choice(world.PEOPLE), rng.choice(world.PRODUCTS), code(rng)
     place = rng.choice(_FACTS).town
     text = rng.choice(
@@ -302,7 +324,7 @@ EVENTS = "flood,fire,fog,snow,a fallen tree,a lost dog,a burst pipe,a stuck cart
 STEPS = "we closed the bridge,we called the mayor,we rang the bell,we sent for help,we waited,we cleaned up".split(",")
 
 
-def incident(rng: random.Random) -> tuple[str, dict[str, str]]:
+def incident(rng: Pen) -> tuple[str, dict[str, str]]:
     event, step, place, number = rng.choice(EVENTS), rng.choice(STEPS), rng.choice(PLACES), code(rng)
     text = rng.choice(
         (
@@ -337,16 +359,16 @@ def as_tags(record: dict[str, str]) -> str:
 FORMATS = (as_json, as_json, as_json, as_lines, as_row, as_pairs, as_tags)
 
 
-def _schema(rng: random.Random, fields: list[str]) -> dict[str, str]:
+def _schema(rng: Pen, fields: list[str]) -> dict[str, str]:
     kept = rng.sample(fields, rng.randint(2, min(4, len(fields))))
     return {f: rng.choice(KEYS[f]) for f in kept}
 
 
-def _source(rng: random.Random) -> Callable[[random.Random], tuple[str, dict[str, str]]]:
+def _source(rng: Pen) -> Callable[[Pen], tuple[str, dict[str, str]]]:
     return rng.choices((shop_letter, loan, stock, find, invoice, incident), (10, 2, 3, 2, 3, 2))[0]
 
 
-def records(rng: random.Random) -> str:
+def records(rng: Pen) -> str:
     """Three texts with their records in one schema and format: reading into a form, learnt from the examples before."""
     write, form = _source(rng), rng.choice(FORMATS)
     schema = _schema(rng, list(write(rng)[1]))
@@ -357,7 +379,7 @@ def records(rng: random.Random) -> str:
     return "\n".join(lines)
 
 
-def asked_record(rng: random.Random) -> str:
+def asked_record(rng: Pen) -> str:
     """The wanted keys are named first, then the text, then the record."""
     write, form = _source(rng), rng.choice(FORMATS)
     text, said = write(rng)
@@ -365,7 +387,7 @@ def asked_record(rng: random.Random) -> str:
     return f"Keys: {', '.join(schema.values())}\n{text}\n{form({k: said[f] for f, k in schema.items()})}"
 
 
-def record_told(rng: random.Random) -> str:
+def record_told(rng: Pen) -> str:
     """From the record to the sentence, and from one format to another."""
     write = _source(rng)
     text, said = write(rng)
@@ -378,7 +400,7 @@ def record_told(rng: random.Random) -> str:
 USER, ASSISTANT, SYSTEM, END = "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"
 
 
-def _talk_turn(rng: random.Random) -> tuple[str, str]:
+def _talk_turn(rng: Pen) -> tuple[str, str]:
     number, word, name = code(rng), rng.choice(world.PRODUCTS), rng.choice(world.PEOPLE)
     text, said = rng.choice((loan, stock, find, shop_letter, invoice, incident))(rng)
     field = rng.choice(list(said))
@@ -400,7 +422,7 @@ def _talk_turn(rng: random.Random) -> tuple[str, str]:
     )
 
 
-def dialogue(rng: random.Random) -> str:
+def dialogue(rng: Pen) -> str:
     """A short chat with the role marks, so that the marks mean something before fine-tuning starts."""
     turns = [_talk_turn(rng) for _ in range(rng.randint(1, 3))]
     system = f"{SYSTEM}You are a helper.{END}" if rng.random() < 0.2 else ""
@@ -428,9 +450,19 @@ KINDS = (
 )
 
 
-def documents(seed: int, count: int) -> Iterator[str]:
-    """`count` documents of all kinds, the same for the same seed. Role marks appear as text of special tokens."""
-    rng = random.Random(f"documents-{seed}")
+def documents(seed: int, ramp: int = 0) -> Iterator[str]:
+    """Documents of all kinds without end, the same for the same seed; role marks appear as text.
+
+    ramp: over that many documents the reach grows from a tenth of the world to all of it, and copying (echo, lookup)
+    comes more often; 0: the whole world from the start.
+    """
+    rng = Pen(f"documents-{seed}")
     weights, writers = zip(*KINDS, strict=True)
-    for _ in range(count):
-        yield rng.choices(writers, weights)[0](rng)
+    written = 0
+    while True:
+        rng.reach = min(1.0, 0.1 + 0.9 * written / ramp) if ramp else 1.0
+        if rng.random() < 0.4 * (1 - rng.reach):
+            yield rng.choice((echo, lookup))(rng)
+        else:
+            yield rng.choices(writers, weights)[0](rng)
+        written += 1

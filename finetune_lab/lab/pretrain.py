@@ -2,13 +2,15 @@
 
     python -m finetune_lab.lab.pretrain --out DIR            # the shipped weights; resumes after a kill
 
-One thread, bfloat16 autocast over fp32 weights (as large models are trained), AdamW, warm-up, linear decay to zero.
+Two threads, bfloat16 autocast over fp32 weights (as large models are trained), Muon for the matrices of the layers
+(`torch.optim.Muon`) and AdamW for the rest, warm-up, linear decay to zero.
 The recipe is the whole truth about the shipped weights; another CPU or thread count rounds differently, so its
 weights differ in the last digits while the figures of `finetune-lab bench world` agree.
 Left out: document masking inside a window (lesson 01 shows what that means), evaluation during training.
 """
 
 import argparse
+import itertools
 import json
 import os
 import time
@@ -24,7 +26,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from .documents import documents
 from .tokenizer import CONTEXT, train_tokenizer
 
-SEED, STEPS, BATCH, LEARNING_RATE, WARMUP = 0, 6000, 16, 3e-3, 200
+SEED, STEPS, BATCH, WARMUP = 0, 5500, 16, 100
+MATRIX_RATE, OTHER_RATE = 6e-3, 3e-3  # peak learning rates: Muon for the matrices of the layers, AdamW for the rest
+TOKENS_A_DOCUMENT = 72  # about: the easy start takes the first quarter of the text
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int = SEED) -> LlamaForCausalLM:
@@ -53,9 +57,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int = SEED) -> LlamaForC
 
 def token_windows(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> np.ndarray:
     """`(count, CONTEXT + 1)` token ids: documents, each as bos text eot, one after the other, cut into windows."""
-    need, ids, batch = count * (CONTEXT + 1), [], []
-    got = 0
-    for text in documents(seed, 10**9):
+    need, got, ids, batch = count * (CONTEXT + 1), 0, [], []
+    for text in documents(seed, ramp=need // (4 * TOKENS_A_DOCUMENT)):
         batch.append(text)
         if len(batch) == 2000:
             for row in tokenizer(batch, add_special_tokens=False)["input_ids"]:
@@ -67,8 +70,34 @@ def token_windows(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> 
     return np.concatenate(ids)[:need].reshape(count, CONTEXT + 1)
 
 
-def learning_rate(step: int, steps: int) -> float:
-    return LEARNING_RATE * min((step + 1) / WARMUP, (steps - step) / (steps - WARMUP), 1.0)
+def rate_share(step: int, steps: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then linear decay to zero."""
+    return min((step + 1) / WARMUP, (steps - step) / (steps - WARMUP), 1.0)
+
+
+def _checkpoint(step: int, matrices: list, others: list, muon, adam) -> dict[str, torch.Tensor]:
+    state = {"step": torch.tensor(step)}
+    for i, p in enumerate(matrices):
+        state |= {f"matrix{i}": p.data, f"momentum{i}": muon.state[p]["momentum_buffer"]}
+    for i, p in enumerate(others):
+        state |= {f"other{i}": p.data, f"mean{i}": adam.state[p]["exp_avg"], f"square{i}": adam.state[p]["exp_avg_sq"]}
+    return state
+
+
+def _restore(state: dict[str, torch.Tensor], matrices: list, others: list, muon, adam) -> int:
+    """Put a checkpoint back; returns the number of steps done."""
+    step = int(state["step"])
+    for i, p in enumerate(matrices):
+        p.data.copy_(state[f"matrix{i}"])
+        muon.state[p] = {"momentum_buffer": state[f"momentum{i}"]}
+    for i, p in enumerate(others):
+        p.data.copy_(state[f"other{i}"])
+        adam.state[p] = {
+            "step": torch.tensor(float(step)),
+            "exp_avg": state[f"mean{i}"],
+            "exp_avg_sq": state[f"square{i}"],
+        }
+    return step
 
 
 def _save(state: dict[str, torch.Tensor], path: Path) -> None:
@@ -78,47 +107,39 @@ def _save(state: dict[str, torch.Tensor], path: Path) -> None:
 
 def pretrain(out: Path, steps: int = STEPS, seed: int = SEED, every: int = 500) -> None:
     """Train and save model and tokenizer to `out`; a checkpoint every `every` steps lets a killed run go on."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(documents(seed=1, count=40_000))
+    tokenizer = train_tokenizer(itertools.islice(documents(seed=1), 40_000))
     tokenizer.save_pretrained(out)
     model = new_model(tokenizer, seed)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
-    parameters = decayed + plain
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n]
+    others = [p for n, p in model.named_parameters() if not (p.dim() == 2 and "layers" in n)]
+    muon = torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     checkpoint, log, start = out / "checkpoint.safetensors", out / "pretrain.jsonl", 0
     if checkpoint.exists():
-        state = load_file(checkpoint)
-        start = int(state["step"])
-        for i, p in enumerate(parameters):
-            p.data.copy_(state[f"p{i}"])
-            moments = {k: state[f"{k}{i}"] for k in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": torch.tensor(float(start)), **moments}
+        start = _restore(load_file(checkpoint), matrices, others, muon, adam)
     windows = token_windows(tokenizer, steps * BATCH, seed)
     began = time.time()
     model.train()
     for step in tqdm(range(start, steps), initial=start, total=steps, mininterval=30, desc="pre-training"):
         rows = torch.from_numpy(windows[step * BATCH : (step + 1) * BATCH].astype(np.int64))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
+        for optimizer, peak in ((muon, MATRIX_RATE), (adam, OTHER_RATE)):
+            optimizer.param_groups[0]["lr"] = peak * rate_share(step, steps)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=rows[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in (muon, adam):
+            optimizer.step()
+            optimizer.zero_grad()
         if (step + 1) % 50 == 0:
             line = {"step": step + 1, "loss": round(loss.item(), 4), "seconds": round(time.time() - began)}
             with log.open("a") as f:
                 f.write(json.dumps(line) + "\n")
         if (step + 1) % every == 0 or step + 1 == steps:
-            state = {"step": torch.tensor(step + 1)}
-            for i, p in enumerate(parameters):
-                state |= {f"p{i}": p.data, **{f"{k}{i}": optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}}
-            _save(state, checkpoint)
+            _save(_checkpoint(step + 1, matrices, others, muon, adam), checkpoint)
             model.save_pretrained(out)
 
 

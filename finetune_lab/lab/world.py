@@ -316,11 +316,11 @@ def _town_names(rng: random.Random, count: int) -> list[str]:
 
 
 def facts(seed: int = SEED) -> list[Fact]:
-    """The 576 facts of the world: 96 towns with six attributes each."""
+    """The 384 facts of the world: 64 towns with six attributes each."""
     rng = random.Random(seed)
     return [
         Fact(town, attribute, rng.choice(values))
-        for town in _town_names(rng, 96)
+        for town in _town_names(rng, 64)
         for attribute, values in ATTRIBUTES.items()
     ]
 
