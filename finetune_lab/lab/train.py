@@ -17,7 +17,6 @@ from finetune_lab.errors import UserError
 from finetune_lab.methods.chat import chat_format, completion_labels, render_chat, text_encoder
 from finetune_lab.methods.loss import labelled_only_loss
 
-
 Mask = str | Callable[[list, list], list]
 
 
