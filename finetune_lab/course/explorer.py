@@ -42,7 +42,7 @@ class Explorer(ipywidgets.VBox):
         if isinstance(shown, Figure):
             data, metadata = plots.bundle(shown, f"{self._alt} {text}")
             plt.close(shown)
-            self._view.value = data.pop("text/html")
+            self._view.value = data["text/html"]
         else:
             label = html.escape(self._alt, quote=True)
             data, metadata = {"text/html": f"{shown}<pre>{html.escape(text)}</pre>"}, {}

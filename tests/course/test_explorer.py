@@ -22,7 +22,8 @@ def table(word):
 
 def test_one_output_is_a_widget_a_picture_with_alt_and_text():
     data, metadata = Explorer(line, alt="A line.", rank=IntSlider(8, 1, 64))._repr_mimebundle_()
-    assert {execute.WIDGET, "image/png", "text/plain"} <= set(data)
+    assert {execute.WIDGET, "image/png", "text/html", "text/plain"} == set(data)
+    assert 'alt="A line. rank 8' in data["text/html"]
     assert metadata["image/png"]["alt"].startswith("A line. rank 8")
     assert data["text/plain"] == "A line.\nrank 8 <tag>"
     assert plt.get_fignums() == []
