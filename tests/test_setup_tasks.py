@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
@@ -39,7 +40,7 @@ def tasks(tmp_path, monkeypatch):
         module.asked.append(" ".join(map(str, command[1:])))
         return module.answer
 
-    module.create, module.run = create, run
+    module.really_create, module.create, module.run = module.create, create, run
     module.usable = lambda: (module.VENV / "pyvenv.cfg").exists()
     return module
 
@@ -124,6 +125,43 @@ def test_a_reader_without_a_gpu_is_told_before_the_download(tasks, monkeypatch, 
     tasks.install()
     shown = capsys.readouterr().out
     assert "FINETUNE_LAB_TORCH_INDEX" in shown.split("installing the pinned packages")[0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
+def test_a_killed_install_takes_pip_along(tmp_path):
+    """Else an orphaned pip would write into the environment that the next install makes."""
+    shutil.copy(ROOT / "tasks.py", tmp_path)
+    for name in ("constraints.txt", "pyproject.toml"):
+        (tmp_path / name).touch()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/pyvenv.cfg").touch()
+    python = tmp_path / ".venv/bin/python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\necho $$ > pip.pid\nexec sleep 60\n')
+    python.chmod(0o755)
+    env = {name: value for name, value in os.environ.items() if name != "FINETUNE_LAB_VENV"}
+    started = subprocess.Popen([sys.executable, "tasks.py", "install"], cwd=tmp_path, env=env)
+    note = tmp_path / "pip.pid"
+    while not (note.exists() and note.read_text().strip()):
+        time.sleep(0.05)
+        assert started.poll() is None
+    started.terminate()
+    assert started.wait(20) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text()), 0)
+
+
+def test_a_debian_without_venv_is_told_what_to_install(tasks, monkeypatch):
+    class Builder:
+        def __init__(self, **options):
+            pass
+
+        def create(self, folder):
+            raise subprocess.CalledProcessError(1, ["python", "-m", "ensurepip"])
+
+    monkeypatch.setattr(tasks.venv, "EnvBuilder", Builder)
+    tasks.create = tasks.really_create
+    with pytest.raises(SystemExit, match="apt install python3-venv"):
+        tasks.install()
 
 
 def test_an_old_python_gets_one_sentence(tasks, monkeypatch):
