@@ -119,6 +119,12 @@ def _code(cell) -> list[str]:
     except SyntaxError as error:
         return [f"{where}: not Python ({error.msg}, line {error.lineno})"]
     found = []
+    here = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    here |= {target.id for node in tree.body if isinstance(node, ast.Assign) and "check." not in ast.unparse(node.value)
+             for target in node.targets if isinstance(target, ast.Name)}  # fmt: skip
+    for name in re.findall(r"\bcheck\.\w+\((\w+)", cell.source):
+        if name not in here:  # run a second time alone, it would check what it returned the first time
+            found.append(f"{where}: check(... {name} ...) must stand in the cell that defines {name}")
     for node in ast.walk(tree):
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

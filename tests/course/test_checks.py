@@ -10,6 +10,11 @@ from finetune_lab.course.compare import difference
 pytestmark = pytest.mark.usefixtures("registry")
 
 
+def mine(ids, start):
+    """A right answer that is not the reference."""
+    return torch.where(torch.arange(ids.shape[1]) < start, -100, ids)
+
+
 def verdict(name, answer, seed=0):
     return checks.judge(checks.REGISTRY[name], answer, seed)
 
@@ -24,9 +29,6 @@ def test_reference_passes_and_each_mistake_gets_its_own_hint(name, registry):
 
 
 def test_a_right_answer_comes_back_and_is_recorded(capsys):
-    def mine(ids, start):
-        return torch.where(torch.arange(ids.shape[1]) < start, -100, ids)
-
     assert check.hide_prompt(mine) is mine
     assert capsys.readouterr().out == "[ok] 99.1 hide the prompt: 4/4 cases\n"
     assert progress.load()["exercises"]["99.1"]["ok"]
@@ -69,6 +71,13 @@ def test_the_stub_is_not_attempted_but_torchs_own_not_implemented_is_a_mistake(c
     assert check.adam_bytes(...) == 8
 
 
+def test_running_the_check_again_after_a_mistake_does_not_praise_the_reference(capsys):
+    answer = check.hide_prompt(fixture.zero)
+    assert check.hide_prompt(answer) is fixture.hide_prompt
+    assert capsys.readouterr().out.splitlines()[1].startswith("[ ] 99.1 not attempted: this is the reference")
+    assert not progress.load()["exercises"]["99.1"]["ok"]
+
+
 def test_changing_the_input_is_named_when_the_values_are_right(registry):
     registry["hide_prompt"].wrong.clear()
 
@@ -102,9 +111,9 @@ def test_an_interrupt_passes_through():
 @pytest.mark.parametrize(
     "mode, answer, raises",
     [
-        ("solved", fixture.hide_prompt, False),
+        ("solved", mine, False),
         ("solved", fixture.zero, True),
-        ("unsolved", fixture.hide_prompt, True),
+        ("unsolved", mine, True),
         ("unsolved", fixture.zero, True),
         ("learn", fixture.zero, False),
     ],
@@ -122,7 +131,7 @@ def test_modes(mode, answer, raises, monkeypatch):
 def test_a_progress_folder_that_cannot_be_written_does_not_stop_the_lesson(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FINETUNE_LAB_HOME", str(tmp_path / "file"))
-    assert check.hide_prompt(fixture.hide_prompt) is fixture.hide_prompt
+    assert check.hide_prompt(mine) is mine
     assert "not recorded" in capsys.readouterr().out
 
 

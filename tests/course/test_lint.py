@@ -29,7 +29,7 @@ def good():
     """A lesson inside every budget, as a list of cells that tests spoil one at a time."""
     cells = [text(FIRST)] + [text(f"## {part}\n# " + "word " * 300) for part in PARTS] + [text(END)]
     cells += [f"\n# %%\nvalue_{i} = {i}\n" for i in range(36)]
-    cells += [f"\n# %%\nf = check.exercise_{i}(f)\n" for i in range(5)]
+    cells += [f"\n# %%\ndef f(): pass\nf = check.exercise_{i}(f)\n" for i in range(5)]
     cells += [f'\n# %%\npredict.number("03-p{i}", 1, 2)\n' for i in range(3)]
     return cells
 
@@ -55,7 +55,7 @@ LONG = "".join(f"x{i} = {i}\n" for i in range(41))
     (lambda cells: cells[:8] + cells[20:], "expected 45 to 65"),
     (lambda cells: cells + cells[8:28], "expected 45 to 65"),
     (replaced("word " * 300, "word " * 200), "words, expected 1500 to 2800"),
-    (replaced("f = check.exercise_0(f)", "1"), "4 exercises, expected 5 to 7"),
+    (replaced("f = check.exercise_0(f)", "f()"), "4 exercises, expected 5 to 7"),
     (replaced('predict.number("03-p0"', 'print("03-p0"'), "2 predictions"),
     (lambda cells: [*cells, f"\n# %%\n{LONG}"], "41 lines of code"),
     (lambda cells: [c if "value_" not in c else "\n# %%\n" + "x = 1\n" * 11 for c in cells], "median code cell has 11"),
@@ -74,6 +74,7 @@ LONG = "".join(f"x{i} = {i}\n" for i in range(41))
     (replaced("value_0 = 0", "from urllib.request import urlopen"), "no network"),
     (replaced("value_0 = 0", "import subprocess"), "nothing is installed"),
     (replaced("value_0 = 0", "plt.show()"), "plots.show"),
+    (replaced("def f(): pass\nf = check.exercise_1", "f = check.exercise_1"), "must stand in the cell that defines f"),
 ])  # fmt: skip
 def test_each_broken_rule_is_named_alone(spoil, says, tmp_path):
     found = problems(tmp_path, spoil(good()))
