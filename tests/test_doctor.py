@@ -254,6 +254,29 @@ assert levels["torch"] == levels["kernel"] == "blocked", levels
     assert done.returncode == 0, done.stderr
 
 
+def torch_with(cuda=False, mps=False):
+    """As much of torch as probe.gpu asks."""
+    card = SimpleNamespace(name="NVIDIA H200", total_memory=150_000_000_000)
+    return SimpleNamespace(
+        cuda=SimpleNamespace(
+            is_available=lambda: cuda,
+            get_device_properties=lambda index: card,
+            is_bf16_supported=lambda including_emulation: not including_emulation,
+            device_count=lambda: 2,
+        ),
+        backends=SimpleNamespace(
+            mps=SimpleNamespace(is_available=lambda: mps, is_macos_or_newer=lambda major, minor: False)
+        ),
+    )
+
+
+def test_the_probe_tells_the_gpus_apart():
+    assert probe.gpu(torch_with()) is None
+    nvidia = {"name": "NVIDIA H200", "memory_bytes": 150_000_000_000, "bf16": True, "count": 2}
+    assert probe.gpu(torch_with(cuda=True)) == nvidia
+    assert probe.gpu(torch_with(mps=True))["memory_bytes"] is None
+
+
 @pytest.mark.slow
 def test_the_shipped_model_runs_here():
     learnt = probe.run()
