@@ -206,3 +206,24 @@ def test_close_values_are_the_same_and_a_list_may_stand_for_a_tuple():
     assert difference(torch.ones(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool), rtol=0.1) is None
     assert difference((1, 2.0), [1, 2]) is None
     assert difference(float("nan"), float("nan")) is None
+
+
+def test_answers_that_draw_random_numbers_are_compared_under_one_seed():
+    def noise(x):
+        return x + torch.randn(x.shape)
+
+    ex = checks.exercise("99.6", "noise", noise, lambda draw: [checks.case(draw.normal(2, 3))], wrong=[])
+    assert checks.judge(ex, lambda x: torch.randn(x.shape) + x, 0).status == "ok"
+
+
+def test_another_error_of_the_same_type_does_not_get_the_hint_of_a_known_one():
+    def known(x):
+        raise KeyError("labels")
+
+    def other(x):
+        raise KeyError("input_ids")
+
+    wrong = [checks.Wrong(known, "the key is called labels")]
+    ex = checks.exercise("99.7", "twice", lambda x: x, lambda draw: [checks.case(1)], wrong=wrong, name="same")
+    assert checks.judge(ex, known, 0).text == "the key is called labels"
+    assert "raised KeyError: 'input_ids'" in checks.judge(ex, other, 0).text
