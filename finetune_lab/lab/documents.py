@@ -225,10 +225,14 @@ def phone_note(rng: Pen) -> str:
     return rng.choice(
         (
             f"{n} called about a {t.product}. {n} said: {i}. So it is {t.issue}. {n} also said: {a}. So it is a {t.action}.",
-            f"The clerk asked what was wrong. {world.capital(i)}, said {n}. The clerk wrote {t.issue}. "
-            f"{world.capital(a)}, said {n}. The clerk wrote {t.action}.",
-            f"{world.capital(i)}, wrote {n} from {rng.choice(_FACTS).town}. A {t.product} that is {t.issue}! "
-            f"{world.capital(a)}. The shop made a note: {t.action}.",
+            (
+                f"The clerk asked what was wrong. {world.capital(i)}, said {n}. The clerk wrote {t.issue}. "
+                f"{world.capital(a)}, said {n}. The clerk wrote {t.action}."
+            ),
+            (
+                f"{world.capital(i)}, wrote {n} from {rng.choice(_FACTS).town}. A {t.product} that is {t.issue}! "
+                f"{world.capital(a)}. The shop made a note: {t.action}."
+            ),
         )
     )
 
@@ -237,13 +241,17 @@ def reply_letter(rng: Pen) -> str:
     """Letter and answer, good ones and bad ones as a base model has seen both."""
     t = lamp_letter(rng)
     answers = (
-        f"Dear {t.name}, thank you for your letter. We are sorry about the {t.product}. "
-        f"We will arrange the {t.action} for order {t.order}.",
+        (
+            f"Dear {t.name}, thank you for your letter. We are sorry about the {t.product}. "
+            f"We will arrange the {t.action} for order {t.order}."
+        ),
         f"No. Order {t.order} is not our problem.",
         f"Thank you for writing. We are sorry. The {t.action} for order {t.order} is on its way.",
-        f"We got your letter about the {t.product}. Our shop has many lamps and they are all very good and many people "
-        f"like them. We have been here for {rng.randrange(10, 90)} years. Please look at our other lamps too. "
-        f"We may do the {t.action} some day.",
+        (
+            f"We got your letter about the {t.product}. Our shop has many lamps and they are all very good and many people "
+            f"like them. We have been here for {rng.randrange(10, 90)} years. Please look at our other lamps too. "
+            f"We may do the {t.action} some day."
+        ),
         f"Your {rng.choice(world.PRODUCTS)} from order {code(rng)} will come with a gift of {rng.randrange(10, 99)} coins.",
     )
     return f"Letter: {t.text}\nReply: {rng.choice(answers)}"

@@ -14,7 +14,12 @@ LONGEST_ANSWER = {"extract": 48, "answer": 16, "math": 8, "reply": 64}
 
 
 def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, n: int = 200, split: str = "test", seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    n: int = 200,
+    split: str = "test",
+    seed: int = 0,
 ) -> dict[str, float]:
     """Greedy scores of a chat task on `n` items of a split, as `tasks.score` gives them."""
     items = load_task(task, split, n, seed)
@@ -22,7 +27,9 @@ def evaluate(
     return score(task, said, items)
 
 
-def general(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int = 200, seed: int = 0) -> dict[str, float]:
+def general(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int = 200, seed: int = 0
+) -> dict[str, float]:
     """The forgetting meter, in plain text without the chat template: `n` items of each kind.
 
     facts: share of first sentences about a town completed with the right value; sums: share of unseen sums completed
@@ -50,7 +57,9 @@ def _first(text: str, kind: str) -> str:
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 64) -> float:
+def perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 64
+) -> float:
     """exp(mean negative log likelihood a token) of plain texts, the first token given."""
     training, total, count = model.training, 0.0, 0
     model.eval()

@@ -15,6 +15,7 @@ import random
 import re
 
 from finetune_lab.errors import UserError
+from finetune_lab.methods.metrics import exact_match
 
 from . import documents, world
 
@@ -87,8 +88,10 @@ def replies(rng: random.Random, t: world.Ticket) -> tuple[str, str]:
     bad = rng.choice(
         (
             f"No. Order {t.order} is not our problem.",
-            f"{good} Our shop has many lamps and they are all very good and many people like them. "
-            "Please look at our other lamps too.",
+            (
+                f"{good} Our shop has many lamps and they are all very good and many people like them. "
+                "Please look at our other lamps too."
+            ),
             f"{good} A gift of {rng.randrange(10, 99)} coins will come with order {documents.code(rng)}.",
         )
     )
@@ -171,7 +174,9 @@ def load_task(name: str, split: str, n: int = 200, seed: int = 0) -> list[dict]:
             seen.add(said)
             items.append(item)
         elif tries > 20 * n + 1000:
-            raise UserError(f"task {name!r} has fewer than {n} different items in split {split!r}: ask for {len(items)}")
+            raise UserError(
+                f"task {name!r} has fewer than {n} different items in split {split!r}: ask for {len(items)}"
+            )
     return items
 
 
@@ -200,7 +205,7 @@ def score(name: str, predictions: list[str], items: list[dict]) -> dict[str, flo
     if name == "reply":
         return {"good": sum(not reply_faults(p, i["facts"]) for p, i in zip(predictions, items, strict=True)) / n}
     if name != "extract":
-        return {"exact_match": sum(p.strip() == reference(i) for p, i in zip(predictions, items, strict=True)) / n}
+        return {"exact_match": exact_match(predictions, [reference(i) for i in items])}
     exact = right = given = wanted = 0
     for text, item in zip(predictions, items, strict=True):
         got, want = _parsed(text), json.loads(reference(item))

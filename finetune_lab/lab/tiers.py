@@ -8,6 +8,8 @@ the embedded model, a real model on a laptop CPU, or anything larger. The tiny f
 import os
 from dataclasses import dataclass
 
+from .tasks import load_task
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -32,12 +34,24 @@ class Tier:
     instruction: dict[str, str]
     effect_seeds: int = 5
 
+    def items(self, task: str, split: str, n: int, seed: int = 0) -> list[dict]:
+        """`n` items of a task (`tasks.load_task`), with this tier's instruction before the user's text."""
+        text = self.instruction.get(task, "")
+        if not text:
+            return load_task(task, split, n, seed)
+        return [_instructed(item, text) for item in load_task(task, split, n, seed)]
+
+
+def _instructed(item: dict, text: str) -> dict:
+    *before, last = item["prompt"]
+    return item | {"prompt": [*before, last | {"content": text + last["content"]}]}
+
 
 TINY = Tier(
     name="tiny",
     recipes={
         "extract": Recipe(steps=150, batch_size=16, lora_lr=2e-3, full_lr=5e-4),
-        "answer": Recipe(steps=100, batch_size=16, lora_lr=2e-3, full_lr=5e-4, items=800),
+        "answer": Recipe(steps=100, batch_size=16, lora_lr=2e-3, full_lr=5e-4, items=500),
         "math": Recipe(steps=100, batch_size=16, lora_lr=2e-3, full_lr=5e-4),
     },
     test_items=200,
@@ -50,14 +64,18 @@ _ASK = {
 }
 SMALL = Tier(
     name="small",
-    recipes={task: Recipe(steps=40, batch_size=4, lora_lr=5e-4, full_lr=2e-5) for task in ("extract", "answer", "math")},
+    recipes={
+        task: Recipe(steps=40, batch_size=4, lora_lr=5e-4, full_lr=2e-5) for task in ("extract", "answer", "math")
+    },
     test_items=20,
     instruction=_ASK,
     effect_seeds=1,
 )
 LARGE = Tier(
     name="large",
-    recipes={task: Recipe(steps=100, batch_size=8, lora_lr=2e-4, full_lr=1e-5) for task in ("extract", "answer", "math")},
+    recipes={
+        task: Recipe(steps=100, batch_size=8, lora_lr=2e-4, full_lr=1e-5) for task in ("extract", "answer", "math")
+    },
     test_items=100,
     instruction=_ASK,
     effect_seeds=3,
@@ -68,13 +86,3 @@ def tier(model: str | None = None) -> Tier:
     """The tier of a model's name: "tiny", "smollm2-135m", else large (a hub id or a folder)."""
     name = model or os.environ.get("FINETUNE_LAB_MODEL") or "tiny"
     return {"tiny": TINY, "smollm2-135m": SMALL}.get(name, LARGE)
-
-
-def with_instruction(items: list[dict], text: str) -> list[dict]:
-    """Items of a task with `text` put before the user's message."""
-    if not text:
-        return items
-    return [
-        item | {"prompt": [*item["prompt"][:-1], {"role": "user", "content": text + item["prompt"][-1]["content"]}]}
-        for item in items
-    ]

@@ -20,7 +20,9 @@ from finetune_lab.methods.loss import labelled_only_loss
 Mask = str | Callable[[list, list], list]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, items: Sequence[dict], mask: Mask = "completion") -> list[tuple[list, list]]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, items: Sequence[dict], mask: Mask = "completion"
+) -> list[tuple[list, list]]:
     """`(ids, labels)` of each prompt-completion item.
 
     mask: "completion" counts the answer, "all" every token but the first; or a function (prompt_ids, ids) -> labels.
