@@ -154,3 +154,11 @@ def test_the_readme_links_to_files_that_exist():
 
 def test_the_readme_names_the_pinned_torch():
     assert f"torch=={PINS['torch']}`" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_pinned_package_accepts_the_oldest_python():
+    """Debian 12 has Python 3.11.2: a package that asks for 3.11.5 cannot be installed there."""
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    asked = {d.name: d.metadata.get("Requires-Python") or "" for d in metadata.distributions()}
+    too_new = {name: asks for name, asks in asked.items() if oldest not in SpecifierSet(asks)}
+    assert not {name for name in too_new if versions.normal(name) in PINS}, too_new
