@@ -1,6 +1,5 @@
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -37,7 +36,7 @@ def test_a_killed_writer_leaves_a_whole_file_and_no_lock(own_home, capsys):
         process = writer(own_home, 1000 * round, 10_000)
         process.stdout.readline()
         time.sleep(0.03 + 0.05 * round)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()  # SIGKILL where there is one
         process.wait()
         json.loads(progress.path().read_text())
         progress.record_exercise("01.2", "wrong")
