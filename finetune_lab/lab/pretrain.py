@@ -10,10 +10,13 @@ Left out: document masking inside a window (lesson 01 shows what that means), ev
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
 import time
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +78,21 @@ def rate_share(step: int, steps: int) -> float:
     return min((step + 1) / WARMUP, (steps - step) / (steps - WARMUP), 1.0)
 
 
+def _write_record(out: Path, model: LlamaForCausalLM, steps: int, seed: int) -> None:
+    record = {
+        "command": f"python -m finetune_lab.lab.pretrain --out DIR --steps {steps} --seed {seed}",
+        "steps": steps,
+        "seed": seed,
+        "tokens": steps * BATCH * CONTEXT,
+        "parameters": model.num_parameters(),
+        "dtype": "bfloat16 autocast over float32",
+        "threads": torch.get_num_threads(),
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
+        "sha256": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
+    }
+    (out / "pretrain.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
 def _checkpoint(step: int, matrices: list, others: list, muon, adam) -> dict[str, torch.Tensor]:
     state = {"step": torch.tensor(step)}
     for i, p in enumerate(matrices):
@@ -105,8 +123,13 @@ def _save(state: dict[str, torch.Tensor], path: Path) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def pretrain(out: Path, steps: int = STEPS, seed: int = SEED, every: int = 500) -> None:
-    """Train and save model and tokenizer to `out`; a checkpoint every `every` steps lets a killed run go on."""
+def pretrain(
+    out: Path, steps: int = STEPS, seed: int = SEED, every: int = 500, on_save: Callable[[int], None] | None = None
+) -> None:
+    """Train and save model, tokenizer and the record of the run to `out`.
+
+    A checkpoint every `every` steps (then on_save(step) is called) lets a killed run go on to the same weights.
+    """
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(itertools.islice(documents(seed=1), 40_000))
@@ -121,6 +144,8 @@ def pretrain(out: Path, steps: int = STEPS, seed: int = SEED, every: int = 500) 
         start = _restore(load_file(checkpoint), matrices, others, muon, adam)
     windows = token_windows(tokenizer, steps * BATCH, seed)
     began = time.time()
+    if start >= steps:
+        model.save_pretrained(out)
     model.train()
     for step in tqdm(range(start, steps), initial=start, total=steps, mininterval=30, desc="pre-training"):
         rows = torch.from_numpy(windows[step * BATCH : (step + 1) * BATCH].astype(np.int64))
@@ -141,6 +166,9 @@ def pretrain(out: Path, steps: int = STEPS, seed: int = SEED, every: int = 500) 
         if (step + 1) % every == 0 or step + 1 == steps:
             _save(_checkpoint(step + 1, matrices, others, muon, adam), checkpoint)
             model.save_pretrained(out)
+            if on_save:
+                on_save(step + 1)
+    _write_record(out, model, steps, seed)
 
 
 def main() -> None:
