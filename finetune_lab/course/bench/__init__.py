@@ -19,6 +19,7 @@ from finetune_lab.errors import UserError
 
 BENCHES = {
     "loss": "loss at labelled positions only: speed and memory against full logits and TRL's fused head",
+    "masking": "loss over answers only against loss over every token: five seeds on the tiny model",
     "world": "the tiny model: what the base knows, what fine-tuning teaches it, what it forgets",
 }
 EVIDENCE = Path(__file__).parents[2] / "evidence"
