@@ -173,7 +173,7 @@ def stages():
     nbval = [*pytest, "--ignore-glob=*.mine-*", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=120"]
     return {
         "lint": [PYTHON, "-m", "ruff", "check", "."],
-        "format": [PYTHON, "-m", "ruff", "format", "--check", "."],
+        "format": [PYTHON, "-m", "ruff", "format", "--check", "--output-format=concise", "."],
         "build": [PYTHON, "-m", "finetune_lab", "build", "--check"],
         "tests": [*pytest, "--durations=10", "-m", "not network", "tests"],
         "solutions": [*nbval, "solutions"],
