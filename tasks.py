@@ -154,7 +154,8 @@ def lab(arguments, ours):
         say("you are root (a container?): JupyterLab starts with --allow-root")
         command.append("--allow-root")
     if FIRST.exists():
-        command.append(str(FIRST.relative_to(ROOT)))
+        # As the default address and not as a file: then the address that is printed leads there too.
+        command.append(f"--LabApp.default_url=/lab/tree/{FIRST.relative_to(ROOT).as_posix()}")
     say("starting JupyterLab; its address with the token follows. Stop it with Ctrl-C.")
     say("$ " + " ".join(["jupyter lab", *command[3:], *arguments]))
     os.chdir(ROOT)

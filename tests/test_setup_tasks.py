@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -179,6 +180,28 @@ def test_tasks_starts_on_old_pythons_and_needs_only_the_standard_library():
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module.split(".")[0])
     assert names <= sys.stdlib_module_names
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows starts JupyterLab as a child")
+def test_lab_asks_doctor_then_opens_the_first_lesson(tasks, monkeypatch):
+    started = []
+    monkeypatch.setattr(tasks.os, "execve", lambda program, words, env: started.extend(words))
+    monkeypatch.chdir(tasks.ROOT)
+    tasks.FIRST = tasks.ROOT / "notebooks" / "00_start_here.ipynb"
+    tasks.FIRST.parent.mkdir()
+    tasks.FIRST.touch()
+    tasks.lab(["--no-browser"], ours=True)
+    assert tasks.asked == ["-m finetune_lab doctor"]
+    assert "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb" in started
+    assert started[-1] == "--no-browser"
+    settings = json.loads((tasks.VENV / "share/jupyter/lab/settings/overrides.json").read_text())
+    assert settings["@jupyterlab/apputils-extension:notification"]["fetchNews"] == "false"
+
+
+def test_lab_stops_where_doctor_finds_a_block(tasks):
+    tasks.answer = 1
+    with pytest.raises(SystemExit, match="must be fixed"):
+        tasks.lab([], ours=True)
 
 
 def small_stages(tasks, **codes):
