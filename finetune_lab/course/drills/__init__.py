@@ -1,0 +1,12 @@
+"""Interview drills: a bank of questions whose answers are checked.
+
+    bank/*.yml     the questions; schema.py says what a question must have
+    schema.py      read the bank; rules.py and links.py say what is wrong with it
+    exercises.py   where code drills get their hidden tests from
+    numbers.py     draw the numbers of a question, compute its answer, read what a learner typed
+    judge.py       the verdict on an answer of any kind
+    sandbox.py     run a learner's code in a process of its own, with limits
+    child.py       what runs inside that process
+
+Nothing here stores anything: a verdict is returned, and the practice modules decide what to write down.
+"""
