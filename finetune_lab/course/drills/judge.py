@@ -62,7 +62,9 @@ def bug(item: Bug, line: object, text: object) -> Verdict:
     result = sandbox.run({"kind": "bug", "snippet": repaired(item, line, text), "detector": item.detector})
     if result.status != "wrong":
         return Verdict(result.status, result.text or item.explain, float(result.status == "ok"), result.printed)
-    hint = next((wrong.hint for wrong in item.wrong_fixes if line == item.line and same_code(text, wrong.line_text)), None)
+    hint = next(
+        (wrong.hint for wrong in item.wrong_fixes if line == item.line and same_code(text, wrong.line_text)), None
+    )
     here = "" if line == item.line else f"line {line} is not the one. "
     return Verdict("wrong", here + (hint or f"still wrong: {result.text}"), 0.0, result.printed)
 

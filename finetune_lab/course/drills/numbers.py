@@ -120,7 +120,11 @@ def _how_far(item: Number, value: float, answer: float) -> tuple[str, str]:
     if abs(ratio - 1) < 0.02:
         asked = "every digit counts here" if item.tolerance == 0 else f"it must be right to {100 * item.tolerance:g} %"
         return "wrong", f"close, but {asked}: do not round on the way"
-    how = f"{show(float(f'{ratio:.2g}'))} times too large" if ratio > 1 else f"{show(float(f'{1 / ratio:.2g}'))} times too small"
+    how = (
+        f"{show(float(f'{ratio:.2g}'))} times too large"
+        if ratio > 1
+        else f"{show(float(f'{1 / ratio:.2g}'))} times too small"
+    )
     return "wrong", f"not yet: {how}"
 
 

@@ -135,7 +135,9 @@ def _one(word: str) -> tuple[str, float]:
     for seconds in (low, single):
         if seconds in _TIME:
             return "s", _TIME[seconds]
-    match = re.fullmatch(r"(ki|mi|gi|ti|pi|kibi|mebi|gibi|tebi|kilo|mega|giga|tera|k|m|g|t|p)?(bytes?|bits?|b|flops?)", low)
+    match = re.fullmatch(
+        r"(ki|mi|gi|ti|pi|kibi|mebi|gibi|tebi|kilo|mega|giga|tera|k|m|g|t|p)?(bytes?|bits?|b|flops?)", low
+    )
     if match:
         prefix, kind = match[1] or "", match[2].rstrip("s")
         prefix = {"kibi": "ki", "mebi": "mi", "gibi": "gi", "tebi": "ti"}.get(prefix, prefix)
