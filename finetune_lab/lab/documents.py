@@ -11,7 +11,7 @@ after a plateau that is shorter when few of them are asked for at first (Zucchet
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from . import world
 
@@ -25,6 +25,9 @@ FINISH = "red,blue,green,white,small,large,steel,wooden,old,new".split(",")
 PLACES = "kitchen,garden,school,market,station,harbour,library,forest,bridge,mill".split(",")
 THINGS = "key,letter,ball,coin,map,ring,book,cup,hat,bell,lamp,lantern,basket,rope".split(",")
 COLOURS = "red blue green yellow black white".split()
+
+
+Written = tuple[str, dict[str, str]]  # a text and what it says, field by field
 
 
 class Pen(random.Random):
@@ -328,6 +331,21 @@ def invoice(rng: Pen) -> tuple[str, dict[str, str]]:
     return text, {"order": number, "product": item, "name": name, "place": place}
 
 
+def check(rng: Pen) -> tuple[str, dict[str, str]]:
+    """A workshop's note on one of its lamps: every kind of trouble, no customer and no wish."""
+    item, number, place = rng.choice(world.PRODUCTS), code(rng), rng.choice(PLACES)
+    trouble = rng.choice(list(world.ISSUES))
+    phrase = rng.choice(world.ISSUES[trouble])
+    text = rng.choice(
+        (
+            f"Check {number} in the {place}, a {item}: {phrase}.",
+            f"A {item} from the {place}. {world.capital(phrase)}. This is check {number}.",
+            f"{world.capital(phrase)}: so says check {number} of the {item} in the {place}.",
+        )
+    )
+    return text, {"code": number, "item": item, "trouble": trouble, "place": place}
+
+
 EVENTS = "flood,fire,fog,snow,a fallen tree,a lost dog,a burst pipe,a stuck cart".split(",")
 STEPS = "we closed the bridge,we called the mayor,we rang the bell,we sent for help,we waited,we cleaned up".split(",")
 
@@ -372,13 +390,13 @@ def _schema(rng: Pen, fields: list[str]) -> dict[str, str]:
     return {f: rng.choice(KEYS[f]) for f in kept}
 
 
-def _source(rng: Pen) -> Callable[[Pen], tuple[str, dict[str, str]]]:
+def _source(rng: Pen) -> Callable[[Pen], Written]:
     return rng.choices((shop_letter, loan, stock, find, invoice, incident), (10, 2, 3, 2, 3, 2))[0]
 
 
-def records(rng: Pen) -> str:
+def records(rng: Pen, source: Callable[[Pen], Written] | None = None) -> str:
     """Three texts with their records in one schema and format: reading into a form, learnt from the examples before."""
-    write, form = _source(rng), rng.choice(FORMATS)
+    write, form = source or _source(rng), rng.choice(FORMATS)
     schema = _schema(rng, list(write(rng)[1]))
     lines = []
     for _ in range(3):
@@ -387,9 +405,9 @@ def records(rng: Pen) -> str:
     return "\n".join(lines)
 
 
-def asked_record(rng: Pen) -> str:
+def asked_record(rng: Pen, source: Callable[[Pen], Written] | None = None) -> str:
     """The wanted keys are named first, then the text, then the record."""
-    write, form = _source(rng), rng.choice(FORMATS)
+    write, form = source or _source(rng), rng.choice(FORMATS)
     text, said = write(rng)
     schema = _schema(rng, list(said))
     return f"Keys: {', '.join(schema.values())}\n{text}\n{form({k: said[f] for f, k in schema.items()})}"
@@ -458,14 +476,26 @@ KINDS = (
 )
 
 
-def documents(seed: int, ramp: int = 0) -> Iterator[str]:
+# The second part of pre-training: the facts are known by then, sums need more practice, and the checks of lamps show
+# two kinds of trouble that other shops' letters never name in a record.
+LATER_KINDS = (
+    *((w, k) for w, k in KINDS if k not in (town_page, quiz, sum_list)),
+    (4, town_page),
+    (5, quiz),
+    (22, sum_list),
+    (4, lambda rng: records(rng, check)),
+    (5, lambda rng: asked_record(rng, check)),
+)
+
+
+def documents(seed: int, ramp: int = 0, kinds: Sequence[tuple[int, Callable[[Pen], str]]] = KINDS) -> Iterator[str]:
     """Documents of all kinds without end, the same for the same seed; role marks appear as text.
 
     ramp: over that many documents the reach grows from a tenth of the world to all of it, and copying (echo, lookup)
     comes more often; 0: the whole world from the start.
     """
     rng = Pen(f"documents-{seed}")
-    weights, writers = zip(*KINDS, strict=True)
+    weights, writers = zip(*kinds, strict=True)
     written = 0
     while True:
         rng.reach = min(1.0, 0.1 + 0.9 * written / ramp) if ramp else 1.0

@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -26,10 +26,11 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .documents import documents
+from .documents import LATER_KINDS, documents
 from .tokenizer import CONTEXT, train_tokenizer
 
 SEED, STEPS, BATCH, WARMUP = 0, 4600, 16, 100
+SECOND_PART = 1500  # the step from which the text has other weights
 MATRIX_RATE, OTHER_RATE = 6e-3, 3e-3  # peak learning rates: Muon for the matrices of the layers, AdamW for the rest
 TOKENS_A_DOCUMENT = 72  # about: the easy start takes the first quarter of the text
 
@@ -58,19 +59,23 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int = SEED) -> LlamaForC
     return model
 
 
-def token_windows(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> np.ndarray:
+def token_windows(tokenizer: PreTrainedTokenizerFast, count: int, texts: Iterator[str]) -> np.ndarray:
     """`(count, CONTEXT + 1)` token ids: documents, each as bos text eot, one after the other, cut into windows."""
-    need, got, ids, batch = count * (CONTEXT + 1), 0, [], []
-    for text in documents(seed, ramp=need // (4 * TOKENS_A_DOCUMENT)):
-        batch.append(text)
-        if len(batch) == 2000:
-            for row in tokenizer(batch, add_special_tokens=False)["input_ids"]:
-                ids.append(np.array([tokenizer.bos_token_id, *row, tokenizer.eos_token_id], dtype=np.int16))
-                got += len(row) + 2
-            batch = []
-            if got >= need:
-                break
+    need, got, ids = count * (CONTEXT + 1), 0, [np.empty(0, dtype=np.int16)]
+    while got < need:
+        for row in tokenizer(list(itertools.islice(texts, 2000)), add_special_tokens=False)["input_ids"]:
+            ids.append(np.array([tokenizer.bos_token_id, *row, tokenizer.eos_token_id], dtype=np.int16))
+            got += len(row) + 2
     return np.concatenate(ids)[:need].reshape(count, CONTEXT + 1)
+
+
+def all_windows(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> np.ndarray:
+    """The whole text in order: an easy start in the first quarter, other weights of the kinds from SECOND_PART on."""
+    ramp = steps * BATCH * (CONTEXT + 1) // (4 * TOKENS_A_DOCUMENT)
+    early = min(steps, SECOND_PART)
+    first = token_windows(tokenizer, early * BATCH, documents(seed, ramp))
+    second = token_windows(tokenizer, (steps - early) * BATCH, documents(seed + 1_000, kinds=LATER_KINDS))
+    return np.concatenate([first, second])
 
 
 def rate_share(step: int, steps: int) -> float:
@@ -142,7 +147,7 @@ def pretrain(
     checkpoint, log, start = out / "checkpoint.safetensors", out / "pretrain.jsonl", 0
     if checkpoint.exists():
         start = _restore(load_file(checkpoint), matrices, others, muon, adam)
-    windows = token_windows(tokenizer, steps * BATCH, seed)
+    windows = all_windows(tokenizer, steps, seed)
     began = time.time()
     if start >= steps:
         model.save_pretrained(out)
