@@ -10,8 +10,11 @@ from finetune_lab.errors import UserError
 from finetune_lab.lab import documents, tasks, world
 
 
-def text_of(count: int, seed: int = 0, ramp: int = 0) -> list[str]:
-    return list(itertools.islice(documents.documents(seed, ramp), count))
+def text_of(count: int, seed: int = 0, ramp: int = 0, kinds=documents.KINDS) -> list[str]:
+    return list(itertools.islice(documents.documents(seed, ramp, kinds), count))
+
+
+PARTS = pytest.mark.parametrize("kinds", [documents.KINDS, documents.LATER_KINDS], ids=["first part", "second part"])
 
 
 def test_the_same_seed_writes_the_same_world():
@@ -35,17 +38,19 @@ def test_test_phrasings_are_not_in_training(task, table):
             assert phrase.split("{t}")[0].lower() not in prompts
 
 
-def test_pre_training_never_shows_a_sum_of_the_test_split():
+@PARTS
+def test_pre_training_never_shows_a_sum_of_the_test_split(kinds):
     unseen = {f"{s.a} {s.op} {s.b} = " for s in world.sums("test")} | {
         f"{s.a} {s.op} {s.b}\n" for s in world.sums("test")
     }
-    lines = [line + "\n" for text in text_of(4000) for line in text.replace("Q: ", "").split("\n")]
+    lines = [line + "\n" for text in text_of(4000, kinds=kinds) for line in text.replace("Q: ", "").split("\n")]
     assert sum(" + " in line or " - " in line for line in lines) > 1000  # sums are there
     assert not [line for line in lines if line in unseen or line.split("= ")[0] + "= " in unseen]
 
 
-def test_pre_training_never_shows_the_record_that_extract_asks_for():
-    for text in text_of(4000):
+@PARTS
+def test_pre_training_never_shows_the_record_that_extract_asks_for(kinds):
+    for text in text_of(4000, kinds=kinds):
         for start in [i for i, c in enumerate(text) if c == "{"]:
             try:
                 record, _ = json.JSONDecoder().raw_decode(text[start:])
