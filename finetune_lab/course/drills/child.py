@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import traceback
+import types
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ def main(job: dict) -> None:
 
 def code(drill: checks.Exercise, source: str, seed: int) -> tuple[str, str]:
     """Status and sentence for a learner's whole code: it must define `drill.name`."""
-    namespace = {"__name__": "answer"}
+    namespace = _module("answer")
     problem = load(source, namespace)
     if problem:
         return "again", problem
@@ -82,7 +83,7 @@ def bug(snippet: str, detector) -> tuple[str, str]:
     """Status and sentence for a repaired snippet: ok when the detector finds nothing."""
     torch.manual_seed(0)
     random.seed(0)
-    namespace = {"__name__": "snippet"}
+    namespace = _module("snippet")
     problem = load(snippet, namespace)
     if problem:
         return "again", problem
@@ -91,6 +92,12 @@ def bug(snippet: str, detector) -> tuple[str, str]:
     except (Exception, SystemExit) as error:  # noqa: BLE001 (the repaired code may raise anything)
         return _reworded("wrong", f"with your line the code raised {_error(error)}")
     return ("ok", "") if caught is None else ("wrong", str(caught))
+
+
+def _module(name: str) -> dict:
+    """The namespace of a fresh module: dataclasses, for one, look theirs up in sys.modules."""
+    sys.modules[name] = types.ModuleType(name)
+    return vars(sys.modules[name])
 
 
 def load(source: str, namespace: dict) -> str | None:

@@ -100,9 +100,9 @@ def verdict(drawn: Drawn, text: object) -> tuple[str, str]:
     for mistake in item.unit_mistakes:
         if close(item, value, drawn.answer * mistake.factor):
             return "again", mistake.hint
-    for number, hint in drawn.wrong:
-        if close(item, value, number):
-            return "wrong", hint
+    hints = [hint for number, hint in drawn.wrong if close(item, value, number)]
+    if hints:  # some draws make two mistakes equal
+        return "wrong", " Or: ".join(hints)
     return _how_far(item, value, drawn.answer)
 
 

@@ -133,9 +133,9 @@ def _number_problems(entry: dict) -> Iterable[str]:
             yield f"wrong: {mistake['hint']!r} changes nothing: expected compute, arguments or factor"
         if mistake.get("compute") is not None and mistake.get("arguments") is None:
             yield f"wrong: {mistake['hint']!r}: a compute of its own needs arguments of its own"
-    for mistake in [*entry.get("unit_mistakes", []), *entry.get("wrong", [])]:
-        if mistake.get("factor", 1) in (0, 1) and "compute" not in mistake and "arguments" not in mistake:
-            yield f"factor: {mistake['factor']} cannot be told from the right answer"
+    for mistake in entry.get("unit_mistakes", []):
+        if mistake["factor"] in (0, 1):
+            yield f"unit_mistakes: factor {mistake['factor']} cannot be told from the right answer"
     if not 0 <= entry["tolerance"] <= 0.5:
         yield f"tolerance: {entry['tolerance']}, expected a relative tolerance from 0 (exact) to 0.5"
     if entry.get("scale", 1) <= 0:
