@@ -91,7 +91,7 @@ def bug(snippet: str, detector) -> tuple[str, str]:
         caught = detector(namespace)
     except (Exception, SystemExit) as error:  # noqa: BLE001 (the repaired code may raise anything)
         return _reworded("wrong", f"with your line the code raised {_error(error)}")
-    return ("ok", "") if caught is None else ("wrong", str(caught))
+    return ("ok", "") if caught is None else _reworded("wrong", str(caught))
 
 
 def _module(name: str) -> dict:
@@ -131,14 +131,13 @@ def _error(error: BaseException) -> str:
 
 def _reworded(status: str, text: str) -> tuple[str, str]:
     """Errors that say little to a learner, in words."""
-    if re.search(r"raised (MemoryError|RuntimeError: .*allocate memory)", text):
+    if re.search(r"raise[ds] (MemoryError|RuntimeError: .*allocate memory)", text):
         return "again", "your code asks for more memory than a drill may have: work on smaller tensors"
-    if "raised SystemExit" in text:
+    if re.search(r"raise[ds] SystemExit", text):
         return "wrong", "your code calls sys.exit(): return a value instead"
-    if "raised ModuleNotFoundError: No module named" in text:
-        name = text.split("No module named", 1)[1].split("\n")[0].strip()
-        return "again", f"there is no module {name} here: use torch and the standard library"
-    if "raised RecursionError" in text:
+    if missing := re.search(r"raise[ds] ModuleNotFoundError: No module named (\S+)", text):
+        return "again", f"there is no module {missing[1]} here: use torch and the standard library"
+    if re.search(r"raise[ds] RecursionError", text):
         return status, "your code calls itself without end (RecursionError)"
     return status, text
 

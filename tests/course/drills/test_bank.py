@@ -13,8 +13,8 @@ from finetune_lab.course.drills import child, exercises, judge, links, numbers, 
 from finetune_lab.course.drills.schema import Bug, Code, Number
 
 ITEMS = schema.load()
-DRAWS = range(40)
-SEEDS = range(4)
+DRAWS = range(25)
+SEEDS = range(3)
 
 
 def of(kind):
@@ -146,3 +146,9 @@ def test_wrong_fixes_are_caught_and_have_their_own_hints(item):
         assert not judge.same_code(wrong.line_text, item.fix)
         status, sentence = child.bug(judge.repaired(item, item.line, wrong.line_text), detector(item))
         assert status == "wrong", f"{wrong.line_text!r}: {sentence}"
+
+
+def test_a_repair_passes_in_the_real_process_too():
+    item = next(item for item in ITEMS if isinstance(item, Bug))
+    verdict = judge.bug(item, item.line, item.fix + "  # mine")
+    assert (verdict.status, verdict.text, verdict.score) == ("ok", item.explain, 1.0)

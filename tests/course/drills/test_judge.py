@@ -47,7 +47,9 @@ def test_what_is_no_number_gets_a_sentence_and_is_not_counted(text):
     assert verdict.status == "again" and len(verdict.text) > 20 and verdict.score == 0
 
 
-@given(st.text(max_size=40) | st.floats() | st.integers())
+@given(
+    st.text(max_size=40) | st.floats() | st.integers() | st.builds("{} {}".format, st.floats(), st.text(max_size=20))
+)
 def test_nothing_that_is_typed_raises(text):
     assert judge.number(drawn(3.6, "GB"), text).status in ("ok", "wrong", "again")
 
