@@ -7,6 +7,7 @@ Production: `trl.SFTTrainer`.
 
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -68,7 +69,9 @@ def batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[list
 def add_lora(model: PreTrainedModel, rank: int, alpha: float | None = None, seed: int = 0):
     """A peft LoRA on all linear layers but the head, alpha = 2 rank unless given; A is drawn from `seed`."""
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules="all-linear"))
+    with warnings.catch_warnings():  # peft 0.21.2 reads `is_gradient_checkpointing`, which transformers 5.23 renamed
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules="all-linear"))
 
 
 def sft(
