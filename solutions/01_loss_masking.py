@@ -90,8 +90,9 @@ def report(some_model, name: str) -> float:
 rambling = report(rambler, "pad = end of turn")
 
 # %% [markdown]
-# No label told the model to stop, so it goes on, although the training loss fell as it should. (A model that stopped well
-# before training unlearns it more slowly.) Later the same number is healed, and you will know every token that counted.
+# No label told the model to stop, so it goes on, although the training loss fell as it should. A real model is not safer:
+# SmolLM2-135M-Instruct stops well as it comes, yet after 40 such steps it wrote 22.0 tokens an answer where 1.6 are enough.
+# Later in the lesson the same number is healed, and you will know every token that counted.
 #
 # ## What changes from pre-training
 # Almost nothing. The loss is the same cross-entropy of the next token, $-\sum_t \log p(x_t \mid x_{<t})$; what changes is
@@ -222,19 +223,17 @@ from ipywidgets import Dropdown
 
 from finetune_lab.course.explorer import Explorer
 from finetune_lab.course.tokentable import as_text, token_rows, token_table
+from finetune_lab.methods import chat
 
 two_turns = [*messages, *train_items[1]["prompt"], *train_items[1]["completion"]]
 TALKS = {"one turn": messages, "two turns": two_turns}
-RULES = {"assistant": ("assistant",), "every token": ("system", "user", "assistant")}
+RULES = {"what the assistant says": chat.assistant_labels, "every token": lambda ids, spans: list(ids)}
 
 
 def table(talk: str, counted: str) -> tuple[str, str]:
+    """What the Explorer draws for one choice."""
     ids, spans = render_chat(TALKS[talk], fmt, encode)
-    labels = list(ids) if counted == "every token" else [IGNORE_INDEX] * len(ids)
-    for role, start, stop in spans:
-        if role in RULES[counted]:
-            labels[start:stop] = ids[start:stop]
-    return token_table(tokenizer, ids, labels)
+    return token_table(tokenizer, ids, RULES[counted](ids, spans))
 
 
 note = "头痛怎么办?建议多休息，必要时就医。"  # an example that notes draw as 13 word tokens
@@ -653,12 +652,16 @@ for row in bench.recorded("loss")["rows"]:
 # TRL builds the same labels from three forms of data. Its model does not matter for that, so a toy stands in.
 
 # %%
-from datasets import Dataset
+import warnings
+
+from datasets import Dataset, disable_progress_bars
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from finetune_lab.lab.templates import training_template
 
+disable_progress_bars()
+warnings.filterwarnings("ignore", category=FutureWarning)  # TRL 1.16 uses names that transformers 5.23 renamed
 marked = copy.deepcopy(tokenizer)
 marked.chat_template = training_template(tokenizer)  # with {% generation %} marks, which assistant_only_loss needs
 toy = LlamaForCausalLM(
@@ -688,8 +691,9 @@ for name, ((their_ids, their_labels), our_ids, our_labels) in forms.items():
     print(f"{name:30} counts {counted:3} of {len(their_ids)}; same ids: {their_ids == our_ids}; other labels: {differ}")
 
 # %% [markdown]
-# The last line is the trap to remember: **`messages` with default settings trains on every token.** (Where a template writes
-# a newline between turns, as SmolLM2's does, TRL may count that newline too; it is listed above then.)
+# The last line is the trap to remember: **`messages` with default settings trains on every token.** One small
+# difference hides in the others: where a template writes a newline behind the end of a turn, as SmolLM2's does, prompt +
+# completion counts that newline and `assistant_only_loss` does not.
 #
 # ## Myths
 # What public notes get wrong, and where a cell of this lesson disproves it. Figures in brackets were measured on SmolLM2-135M.
