@@ -63,9 +63,9 @@ def _base(n: int) -> list[dict]:
     known = general(model, tokenizer, n)
     rows = [row(f"base: {k}", known[k], u, None if k == "story_perplexity" else BASE_GOAL) for k, u in METERS.items()]
     zero = evaluate(model, tokenizer, "extract", n)["exact_match"]
-    rows.append(row("base: extract exact match", zero, "share", "<= 0"))
+    rows.append(row("base: extract exact_match", zero, "share", "<= 0"))
     for task in ("answer", "math"):
-        rows.append(row(f"base: {task} exact match", evaluate(model, tokenizer, task, n)["exact_match"], "share"))
+        rows.append(row(f"base: {task} exact_match", evaluate(model, tokenizer, task, n)["exact_match"], "share"))
     return rows
 
 
