@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -96,29 +97,32 @@ def _library_problems(item: Item) -> Iterable[str]:
 
 @functools.cache
 def library_has(path: str) -> bool:
-    """Is `trl.SFTTrainer` there? Looks into the installed source, because importing such libraries takes seconds."""
+    """Is `trl.SFTTrainer` there? Looks into the installed source, because importing such libraries takes seconds.
+
+    Follows the path through folders and files as far as it goes, then looks for each name left: a definition, an
+    assignment or the name in quotes (lazy modules list theirs).
+    """
     package, *names = path.split(".")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.origin:
         return False
-    missing = set(names)
-    if not missing:
-        return True
-    folder = Path(spec.origin).parent
-    for file in folder.rglob("*.py*"):
-        missing -= {file.stem, *file.parent.relative_to(folder).parts}
-    if missing and package in ("math", "json"):
+    if not spec.origin.endswith(".py"):  # compiled, such as math
         return all(hasattr(importlib.import_module(package), name) for name in names)
-    words = {
-        name: re.compile(rf"\b(?:class|def)\s+{name}\b|^\s*{name}\s*[:=]|[\"']{name}[\"']", re.MULTILINE)
-        for name in missing
-    }
-    for file in folder.rglob("*.py"):
-        if not words:
-            break
-        text = file.read_text(encoding="utf-8", errors="ignore")
-        words = {name: pattern for name, pattern in words.items() if not (name in text and pattern.search(text))}
-    return not words
+    place = Path(spec.origin).parent if spec.submodule_search_locations else Path(spec.origin)
+    while names and place.is_dir() and ((place / names[0]).is_dir() or (place / f"{names[0]}.py").is_file()):
+        inner = place / names.pop(0)
+        place = inner if inner.is_dir() else inner.with_suffix(".py")
+    return all(_defined(name, place) for name in names)
+
+
+def _defined(name: str, place: Path) -> bool:
+    pattern = re.compile(rf"\b(?:class|def)\s+{name}\b|^\s*{name}\s*[:=]|[\"']{name}[\"']", re.MULTILINE)
+    files = itertools.chain([place / "__init__.py"], place.rglob("*.py")) if place.is_dir() else [place]
+    for file in files:
+        text = file.read_text(encoding="utf-8", errors="ignore") if file.is_file() else ""
+        if name in text and pattern.search(text):
+            return True
+    return False
 
 
 def _title_problems(items: list[Item]) -> list[str]:

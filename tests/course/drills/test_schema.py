@@ -153,6 +153,7 @@ def test_a_file_that_is_no_list_of_items_is_refused(tmp_path, text):
         ("card", "section", "A heading that nobody wrote", "section:"),
         ("card", "sources", [{"title": "x", "library": "trl.NoSuchTrainer"}], "sources:"),
         ("card", "sources", [{"title": "x", "library": "nosuchlibrary"}], "sources:"),
+        ("card", "sources", [{"title": "x", "library": "math.nothing"}], "sources:"),
         ("number", "compute", "finetune_lab.methods.loss:nothing", "number:"),
         ("number", "compute", "finetune_lab.methods.nothing:f", "number:"),
         ("number", "arguments", {"x": 1}, "arguments:"),
@@ -169,6 +170,7 @@ def test_a_link_to_nothing_is_named(tmp_path, kind, path, value, field):
 
 def test_links_to_what_is_there_have_no_problems(tmp_path):
     sources = [
+        {"title": "z", "library": "math.log"},
         {"title": "x", "library": "trl.SFTTrainer"},
         {"title": "y", "library": "torch.nn.functional.cross_entropy"},
     ]
