@@ -28,6 +28,7 @@ COMMANDS = {
     "status": ("finetune_lab.course.runner", "your progress, lesson by lesson"),
     "reset": ("finetune_lab.course.runner", "a fresh copy of a lesson; yours is kept beside it"),
     "topics": ("finetune_lab.course.topics", "every topic of the course and the lesson that teaches it"),
+    "sheet": ("finetune_lab.course.sheet", "the formula sheet and the glossary as one page"),
     "troubleshoot": ("finetune_lab.course.troubleshooting", "symptom or error text: cause, test, fix"),
     "models": ("finetune_lab.lab.models_cli", "list the models, fetch one"),
     "data": ("finetune_lab.lab.data_cli", "check your own data before training on it"),

@@ -69,7 +69,7 @@ def find(rows: list[Row], search: str) -> list[Row]:
     def holds(text: str) -> bool:
         return all(word in text.casefold().replace("`", "") for word in words)
 
-    found = [row for row in rows if holds(" ".join((row.id, row.symptom, row.cause, row.test, row.fix, row.topic)))]
+    found = [row for row in rows if holds(f"{row.id} {row.symptom} {row.cause} {row.test} {row.fix} {row.topic}")]
     return sorted(found, key=lambda row: not holds(f"{row.id} {row.symptom}"))
 
 
