@@ -6,6 +6,7 @@
 markdown-it-py parses; raw HTML in the text is shown, never obeyed.
 """
 
+import functools
 import html
 import re
 
@@ -30,6 +31,7 @@ def to_html(text: str) -> str:
     return _parser().render(text).strip()
 
 
+@functools.cache
 def _parser() -> MarkdownIt:
     def math(content: str, options: dict) -> str:
         left, right = (r"\[", r"\]") if options["display_mode"] else (r"\(", r"\)")
@@ -73,4 +75,4 @@ def _sign(match: re.Match) -> str:
 
 
 def _group(text: str) -> str:
-    return text if re.fullmatch(r"[\w.,]+", text.strip()) else f"({text})"
+    return text if re.fullmatch(r"\\?[\w.,]+", text.strip()) else f"({text})"

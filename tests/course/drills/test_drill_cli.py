@@ -124,12 +124,11 @@ class Editor:
 def test_code_is_written_in_a_file_and_checked_in_a_process_of_its_own(use, monkeypatch, own_home, capsys):
     use(bank.code())
     path = own_home / "drills" / "a-code.py"
-    wrong = "def positions_from_mask(attention_mask):\n    return attention_mask\n"
     right = "def positions_from_mask(m):\n    return (m.long().cumsum(1) - 1).clamp(min=0)\n"
-    monkeypatch.setattr("builtins.input", Editor(path, wrong, right))
+    monkeypatch.setattr("builtins.input", Editor(path, right))
     assert cli.main(["drill", "--seed", "1"]) == 0
     out = capsys.readouterr().out
-    assert "[x]" in out and "[ok]" in out and stored() == [("a-code", 2)] and path.read_text() == right
+    assert "[ok]" in out and stored() == [("a-code", 3)] and path.read_text() == right
 
 
 def test_code_written_earlier_is_kept_beside_the_fresh_file(use, monkeypatch, tmp_path, capsys):
