@@ -7,6 +7,7 @@ import copy
 import inspect
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -93,6 +94,7 @@ def test_a_broken_table_is_refused_with_id_and_field(tmp_path):
 def test_every_row_points_to_a_lesson():
     titles = {f"{topic.lesson} {topic.title}" for topic in topics.load()}
     assert {row.lesson for row in ROWS} <= titles
+    assert all(re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+/(issues|pull)/\d+", link) for row in ROWS for link in row.see)
 
 
 # ---- the loss ----
@@ -267,6 +269,12 @@ def test_chat_template_not_set(tokenizer):
         tokenizer.apply_chat_template(TALK)
 
 
+def test_special_token_in_text(tokenizer):
+    end, typed = tokenizer.convert_tokens_to_ids("<|end|>"), "stop<|end|>now"
+    assert tokenizer.encode(typed, add_special_tokens=False).count(end) == 1
+    assert tokenizer.encode(typed, add_special_tokens=False, split_special_tokens=True).count(end) == 0
+
+
 def test_batch_encoding(tokenizer):
     encoded = tokenizer.apply_chat_template(TALK, return_tensors="pt")
     with pytest.raises(AttributeError):
@@ -370,6 +378,22 @@ def test_lora_uses_more_memory():
     assert total == 16 * sum(p.numel() for p in adapters)
 
 
+def test_lora_not_faster():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ids = torch.randint(0, 64, (2, 32))
+
+    def operations(model):
+        with FlopCounterMode(display=False) as counter:
+            model(ids, labels=ids).loss.backward()
+        return counter.get_total_flops()
+
+    settings = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
+    full = operations(llama(**settings))
+    adapter = operations(with_lora(llama(**settings), r=4, target_modules="all-linear"))
+    assert 0.6 < adapter / full < 0.8
+
+
 def test_adapter_on_another_base(tmp_path):
     from peft import PeftModel
 
@@ -452,6 +476,49 @@ def test_bf16_on_cpu(tmp_path):
     with pytest.raises(ValueError, match="Your setup doesn't support bf16/gpu"):
         SFTConfig(output_dir=str(tmp_path))
     assert SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+
+
+def test_four_bit_defaults():
+    from transformers import BitsAndBytesConfig
+
+    plain = BitsAndBytesConfig(load_in_4bit=True)
+    assert plain.bnb_4bit_quant_type == "fp4" and plain.bnb_4bit_compute_dtype == torch.float32
+    assert not plain.bnb_4bit_use_double_quant
+    spelt = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                               bnb_4bit_compute_dtype=torch.bfloat16)  # fmt: skip
+    assert (spelt.bnb_4bit_quant_type, spelt.bnb_4bit_compute_dtype) == ("nf4", torch.bfloat16)
+
+
+def test_weights_not_loaded(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model, ids = llama(tie_word_embeddings=False), torch.tensor([[3, 4, 5]])
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    save_file({key: value for key, value in whole.items() if key != "lm_head.weight"}, file, {"format": "pt"})
+    torch.manual_seed(5)
+    loaded, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)  # no error
+    assert set(info["missing_keys"]) == {"lm_head.weight"}
+    assert (loaded(ids).logits - model(ids).logits).abs().max() > 0.1
+    save_file(whole, file, {"format": "pt"})
+    assert not LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)[1]["missing_keys"]
+
+
+def test_dpo_reference_from_memory(tokenizer, tmp_path):
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+
+    def build(**settings):
+        model = llama(vocab_size=len(tokenizer))
+        return DPOTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, **settings)
+
+    with pytest.raises(OSError, match="Repo id must"):
+        build()
+    assert build(ref_model=llama(vocab_size=len(tokenizer))) is not None
 
 
 def test_mixture_is_off():
