@@ -1,8 +1,8 @@
 """The five tasks of the tiny world, each with splits by combination and a metric that leaves no room for taste.
 
     extract   a shop's ticket -> one line of JSON with order, product, issue, action
-    answer    a question about a town -> the short fact
-    math      a sum in a chat -> the number
+    answer    a question about a town -> the short fact, as in "It is fish pie."
+    math      a sum in a chat -> the number, as in "It is 19."
     reply     a ticket -> the shop's answer, with a rejected answer beside it, judged by a stated rule
     general   plain text of the world (facts, sums, stories): what the base model knew before, the forgetting meter
 
@@ -53,14 +53,14 @@ def _extract(rng: random.Random, split: str) -> dict:
 def _answer(rng: random.Random, split: str) -> dict:
     fact = rng.choice(_facts(split))
     question = rng.choice(world.phrasings(world.QUESTIONS[fact.attribute], split)).format(t=fact.town)
-    return _item(question, fact.value, key=(fact.town, fact.attribute))
+    return _item(question, f"It is {fact.value}.", key=(fact.town, fact.attribute))
 
 
 def _math(rng: random.Random, split: str) -> dict:
     s = rng.choice(_sums(split))
     word = "plus" if s.op == "+" else "minus"
     question = rng.choice(world.phrasings(SUM_QUESTIONS, split)).format(a=s.a, b=s.b, op=s.op, w=word)
-    return _item(question, str(s.answer), key=(s.a, s.op, s.b))
+    return _item(question, f"It is {s.answer}.", key=(s.a, s.op, s.b))
 
 
 def _reply(rng: random.Random, split: str) -> dict:

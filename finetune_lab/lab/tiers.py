@@ -50,17 +50,17 @@ def _instructed(item: dict, text: str) -> dict:
 TINY = Tier(
     name="tiny",
     recipes={
-        "extract": Recipe(steps=150, batch_size=16, lora_lr=2e-3, full_lr=5e-4),
+        "extract": Recipe(steps=100, batch_size=16, lora_lr=2e-3, full_lr=5e-4),
         "answer": Recipe(steps=100, batch_size=16, lora_lr=2e-3, full_lr=5e-4, items=500),
-        "math": Recipe(steps=100, batch_size=16, lora_lr=2e-3, full_lr=5e-4),
+        "math": Recipe(steps=300, batch_size=16, lora_lr=1e-3, full_lr=3e-4, items=4000),
     },
     test_items=200,
     instruction={},
 )
 _ASK = {
     "extract": "Write the ticket as one line of JSON with the keys order, product, issue, action.\n",
-    "answer": "",
-    "math": "Answer with the number only. ",
+    "answer": "Answer like this: It is red. ",
+    "math": "Answer like this: It is 19. ",
 }
 SMALL = Tier(
     name="small",
