@@ -30,6 +30,7 @@ class Example:
     values: dict
     expression: str
     gives: float
+    what: str | None = None
     compute: str | None = None
     arguments: dict | None = None
 
@@ -112,7 +113,8 @@ def page() -> str:
         lines += [f"- ${symbol}$: {meaning}" for symbol, meaning in formula.symbols.items()]
         if formula.example:
             given = ", ".join(f"{key} = {number(value)}" for key, value in formula.example.values.items())
-            lines.append(f"- Example: {given} gives {number(formula.example.value())}.")
+            what = f" ({formula.example.what})" if formula.example.what else ""
+            lines.append(f"- Example: {given} gives {number(formula.example.value())}{what}.")
         if formula.trap:
             lines.append(f"- Take care: {formula.trap}")
         lines += [f"- Source: {_link(*formula.source)}", ""]
