@@ -35,8 +35,10 @@ def number(pattern, text):
 def test_the_number_that_hurts_is_healed(printed):
     before, after = re.search(r"tokens an answer: ([\d.]+) before, ([\d.]+) after", printed).groups()
     enough = float(re.search(r"\(([\d.]+) are enough", printed)[1])
-    assert float(before) > 3 * enough
-    assert float(after) < 1.5 * enough
+    assert float(before) > 1.5 * enough
+    assert float(after) < 1.1 * enough
+    hurt, healed = re.findall(r": (\d+) % right, [\d.]+ tokens an answer", printed)
+    assert int(hurt) <= 5 and int(healed) >= 90
 
 
 def test_a_forged_turn_goes_through_the_template_and_not_through_ours(printed):

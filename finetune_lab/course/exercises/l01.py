@@ -42,14 +42,14 @@ def chat_cases(draw):
 
 
 def rendered(keep_end=True, span_mark=False, span_end=True, always_prompt=False, begin_each=False, gap_in_span=False,
-             default_begin=False):  # fmt: skip
+             has_system=None):  # fmt: skip
     """`render_chat` with one mistake."""
 
     def render_chat(messages, fmt, encode, add_generation_prompt=False):
         for message in messages:
             if message["role"] not in fmt.before:
                 raise ValueError("unknown role")
-        system = messages[0]["role"] == "system" and not default_begin
+        system = messages[0]["role"] == "system" if has_system is None else has_system
         ids, spans = list(fmt.begin if system else fmt.begin_default), []
         for n, message in enumerate(messages):
             if begin_each and n:
@@ -87,8 +87,10 @@ exercise(
               "the user's turn"),
         Wrong(rendered(begin_each=True), "fmt.begin stands once, in front of the first message (two bos tokens are a "
               "classic bug)"),
-        Wrong(rendered(default_begin=True), "a conversation that opens with a system message starts with fmt.begin, "
-              "any other with fmt.begin_default"),
+        Wrong(rendered(has_system=False), "a conversation that opens with a system message starts with fmt.begin, not "
+              "with fmt.begin_default"),
+        Wrong(rendered(has_system=True), "a conversation without a system message starts with fmt.begin_default: some "
+              "templates put a system message of their own there"),
     ],
 )  # fmt: skip
 
