@@ -210,7 +210,7 @@ def tiers(learnt: dict) -> list[dict]:
 def recorded_minutes(model: str) -> dict[str, float]:
     """lesson -> minutes of machine time, from the runs kept in finetune_lab/evidence/run_*.json.
 
-    Such a file is what `finetune-lab run --json` prints, with `machine` as the benches record it.
+    Such a file is what `finetune-lab run --json` prints, day, machine and versions included.
     """
     minutes = {}
     for path in sorted(EVIDENCE.glob("run_*.json")):

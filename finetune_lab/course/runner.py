@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from finetune_lab.course import progress
 from finetune_lab.course.lessons import Lesson, course_root, keep_mine, lessons, select, write_atomic
+from finetune_lab.course.provenance import provenance
 from finetune_lab.errors import UserError
 
 
@@ -78,7 +79,8 @@ def _run(args: argparse.Namespace) -> int:
     rows = [run_lesson(lesson, args.tree, model, args.timeout, save) for lesson in chosen]
     failed = sum(row["failures"] > 0 for row in rows)
     if args.json:
-        print(json.dumps({"model": model or "tiny", "rows": rows, "failed": failed}, indent=1))
+        figures = {"model": model or "tiny", "tree": args.tree, **provenance(), "rows": rows, "failed": failed}
+        print(json.dumps(figures, indent=1))
     else:
         width = max(len(row["lesson"]) for row in rows)
         print(f"{'lesson':<{width}}  seconds  cells  failures")

@@ -6,15 +6,13 @@ Recorded runs are JSON files in `finetune_lab/evidence`, with machine, versions,
 """
 
 import argparse
-import datetime
 import importlib
 import json
 import os
-import platform
 import re
-from importlib import metadata
 from pathlib import Path
 
+from finetune_lab.course.provenance import provenance
 from finetune_lab.errors import UserError
 
 BENCHES = {
@@ -39,24 +37,6 @@ def holds(row: dict) -> bool | None:
     return figure <= limit if match[1] == "<=" else figure >= limit
 
 
-def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "finetune-lab")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
-
-
-def machine() -> dict[str, object]:
-    return {"system": platform.system(), "arch": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count()}
-
-
-def _cpu() -> str:
-    """The processor's own name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 def measure(name: str, quick: bool = False) -> dict:
     """Run one bench; returns the shape that every bench and every recorded result has."""
     module = importlib.import_module(f"{__name__}.{name}")
@@ -65,9 +45,7 @@ def measure(name: str, quick: bool = False) -> dict:
         "bench": name,
         "quick": quick,
         "command": f"finetune-lab bench {name}" + (" --quick" if quick else ""),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
         "seed": SEED,
         "rows": rows,
     }
