@@ -44,6 +44,14 @@ EPILOG = """examples:
   finetune-lab COMMAND --help"""
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """One line a command: argparse (3.11) forgets their indentation and wraps the longest name."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        self._action_max_length = max(self._action_max_length, *(len(name) + 4 for name in COMMANDS))
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with one sentence instead of the usage block. Subparsers inherit it."""
 
@@ -57,7 +65,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
         prog="finetune-lab",
         description="Learn to fine-tune language models, in notebooks that check themselves.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--version", action="version", version=f"finetune-lab {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
