@@ -8,5 +8,13 @@
     sandbox.py     run a learner's code in a process of its own, with limits
     child.py       what runs inside that process
 
-Nothing here stores anything: a verdict is returned, and the practice modules decide what to write down.
+and the practice:
+
+    dialogue.py    how each kind is asked; terminal.py and widget.py lead it
+    session.py     which questions to ask; report.py: score card, weak spots, history
+    state.py       the log of answers (SQLite), from which FSRS says what is due
+    export.py      Anki decks and markdown; render.py: the bank's text as HTML and for a terminal
+    cli.py         `finetune-lab drill`
+
+The first group stores nothing: a verdict is returned, and the practice modules decide what to write down.
 """

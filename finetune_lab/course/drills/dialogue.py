@@ -96,8 +96,10 @@ def _bug(item: Bug, rng: random.Random, tries: int) -> Conversation:
         named |= line == item.line
         if verdict is None:
             break
-        yield Tell(verdict.text, "right" if verdict.status == "ok" else "wrong")
-        if verdict.status == "ok":
+        if verdict.status == "wrong":
+            yield Tell(verdict.text, "wrong")
+        else:
+            yield Tell("your repair works", "right")
             outcome = (1.0, 3) if attempt == 0 else (0.75, 2)
             break
     else:

@@ -9,6 +9,7 @@ question that is left out, or a page that is closed, stores nothing. On a page w
 question with its answer folded.
 """
 
+import asyncio
 import html
 import random
 import time
@@ -31,6 +32,7 @@ _FRAMES = {
     "wrong": ("#D55E00", "<b>[x]</b>"),
     "note": ("#767676", ""),
 }
+ENTER_SECONDS = 0.2
 _WAYS = ("Next question", "Give up", "Skip", "Stop")
 
 
@@ -69,9 +71,12 @@ class Drills(VBox):
             self._planned = session.interview(bank, mock, self._rng)
         self._at, self._answers, self._told, self._begun = -1, [], [], time.monotonic()
         self._talk: dialogue.Conversation | None = None  # of the question that is open
+        self._waiting = False  # for the text that belongs to an Enter
         self._status, self._view, self._prompt = HTML(), HTMLMath(), HTML()
-        self._line = Text(layout=Layout(width="98%"))
-        self._area = Textarea(layout=Layout(width="98%", height="16em"))
+        # Not continuous: while one change is on its way ipywidgets holds back the next, but not a click or an Enter,
+        # so that quick typing and Enter would answer "4" instead of "42".
+        self._line = Text(layout=Layout(width="98%"), continuous_update=False)
+        self._area = Textarea(layout=Layout(width="98%", height="16em"), continuous_update=False)
         self._box: Text | Textarea = self._line
         # Every button is there from the start and only hidden: the focus and the order of Tab stay.
         self._check = self._button("Check", lambda: self._answer(self._box.value), "primary")
@@ -82,17 +87,17 @@ class Drills(VBox):
         acts = (self._next, lambda: self._answer(dialogue.GIVE_UP), self._next, self._stop)
         self._ways = {name: self._button(name, act) for name, act in zip(_WAYS, acts, strict=True)}
         with warnings.catch_warnings():
-            # ipywidgets 8.1 wants the value observed without continuous_update instead; that answers as soon as the
-            # focus leaves the line, also on its way to "Skip".
+            # ipywidgets 8.1 wants the value observed instead; that answers as soon as the focus leaves the line, also
+            # on its way to "Skip".
             warnings.simplefilter("ignore", DeprecationWarning)
-            self._line.on_submit(lambda _: self._answer(self._line.value))
+            self._line.on_submit(lambda _: self._entered())
         row = HBox([self._check, *self._words.values(), *self._ways.values()], layout=Layout(flex_flow="row wrap"))
         super().__init__([self._status, self._view, self._prompt, self._line, self._area, row])
         self._still = self._first(seed)
         self._next()
 
     def _button(self, name: str, act: Callable[[], None], style: str = "") -> Button:
-        button = Button(description=name, button_style=style)
+        button = Button(description=name, button_style=style, layout=Layout(width="auto"))
         button.on_click(lambda _: act())
         return button
 
@@ -107,8 +112,23 @@ class Drills(VBox):
         item = self._planned[self._at]
         self._told, self._start, self._area.value = [], time.monotonic(), ""
         self._talk = dialogue.converse(item, self._rng, tries=1 if self._mock else 2)
-        self._say(f"{self._at + 1} of {len(self._planned)}: {report.label(item)}; {left:.0f} minutes left")
         self._lead(lambda: next(self._talk))
+
+    def _entered(self) -> None:
+        """Enter in the line. The browser sends the key before the text, so the text is read a moment later."""
+
+        def answer() -> None:
+            self._waiting = False
+            self._answer(self._line.value)
+
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # no kernel: nothing is on its way
+            answer()
+            return
+        if not self._waiting:  # Enter twice is Enter once
+            self._waiting = True
+            loop.call_later(ENTER_SECONDS, answer)
 
     def _answer(self, text: str) -> None:
         if self._talk is not None:  # else: Enter in a line that is not asked for
@@ -152,6 +172,9 @@ class Drills(VBox):
 
     def _offer(self, ask: Ask) -> None:
         """Show the input that fits the question."""
+        item = self._planned[self._at]
+        left = self._minutes - (time.monotonic() - self._begun) / 60
+        self._say(f"{self._at + 1} of {len(self._planned)}: {report.label(item)}; {max(0, left):.0f} minutes left")
         self._prompt.value = f"<b>{html.escape(ask.prompt)}</b>"
         ways = ["Give up"] * ask.can_give_up + ["Skip", "Stop"]
         if ask.form == "choice":
@@ -165,10 +188,6 @@ class Drills(VBox):
         self._show(self._box, ["Check", *ways])
         if len(self._told) > 1 or self._answers:  # never on the first draw: running a cell must not move the focus
             self._box.focus()
-        self._say(self._status_text())
-
-    def _status_text(self) -> str:
-        return f"{self._at + 1} of {len(self._planned)}: {report.label(self._planned[self._at])}"
 
     def _show(self, box: Text | Textarea | None, names: Sequence[str]) -> None:
         """Only this box and the buttons of these names are to be seen."""

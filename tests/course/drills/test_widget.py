@@ -1,3 +1,4 @@
+import asyncio
 import random
 
 import drill_items as bank
@@ -5,7 +6,7 @@ import pytest
 from ipywidgets import Output
 
 from finetune_lab.course import execute
-from finetune_lab.course.drills import dialogue, judge, state
+from finetune_lab.course.drills import dialogue, judge, state, widget
 from finetune_lab.course.drills.judge import Verdict
 from finetune_lab.course.drills.widget import Drills
 from finetune_lab.errors import UserError
@@ -47,6 +48,19 @@ def test_enter_after_the_answer_was_stored_answers_nothing():
     press(drills, "Give up")
     enter(drills, "5")
     assert stored() == [("a-number", 1)]
+
+
+def test_enter_waits_for_the_text_that_the_browser_sends_after_the_key():
+    async def browser():
+        drills = Drills(items=[bank.number()], seed=4)
+        drills._line._handle_string_msg(None, {"event": "submit"}, None)
+        drills._line._handle_string_msg(None, {"event": "submit"}, None)
+        drills._line.value = bank.right_number(bank.number(), 4)
+        await asyncio.sleep(2 * widget.ENTER_SECONDS)
+        return drills
+
+    drills = asyncio.run(browser())
+    assert stored() == [("a-number", 3)] and drills._line.continuous_update is drills._area.continuous_update is False
 
 
 def test_a_card_is_revealed_and_rated_with_buttons():
@@ -111,8 +125,6 @@ def test_a_mock_interview_ends_with_its_score_card():
 
 
 def test_time_that_is_over_ends_the_session(monkeypatch):
-    from finetune_lab.course.drills import widget
-
     drills = Drills(items=[bank.number("a"), bank.number("b")], seed=1)
     now = widget.time.monotonic()
     monkeypatch.setattr(widget.time, "monotonic", lambda: now + 21 * 60)
