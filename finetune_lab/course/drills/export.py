@@ -154,8 +154,11 @@ def write_anki(items: Sequence[Item], file: str, seed: int = 0) -> Path:
 def write_markdown(items: Sequence[Item], file: str, *, answers: bool, seed: int = 0) -> tuple[Path, Path | None]:
     """Write the text; (its path, where the file that was there before is kept, if it was another one)."""
     path, text = target(file, ".md"), markdown(items, answers, seed)
-    kept = keep_mine(path) if path.exists() and path.read_bytes() != text.encode() else None
-    write_atomic(path, text)
+    try:
+        kept = keep_mine(path) if path.exists() and path.read_bytes() != text.encode() else None
+        write_atomic(path, text)
+    except OSError as error:
+        raise _refused(path, error) from None
     return path, kept
 
 
@@ -181,6 +184,10 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}.") from None
+        raise _refused(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {str(path)!r}: {error.strerror or error}.")

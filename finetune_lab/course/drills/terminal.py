@@ -15,6 +15,7 @@ from finetune_lab.course.drills import dialogue, render
 from finetune_lab.course.drills.dialogue import Ask, Outcome, Tell
 from finetune_lab.course.drills.schema import Item
 from finetune_lab.course.lessons import keep_mine, write_atomic
+from finetune_lab.errors import UserError
 
 HELP = "Type ? to give up, s to skip (nothing is stored), q to stop."
 _MARKS = {"right": "[ok] ", "wrong": "[x] "}
@@ -113,10 +114,17 @@ class Terminal:
                 self.say(f"cannot read {path} ({error.strerror}): mend that and press Enter.")
 
     def _begin(self, path: Path, ask: Ask) -> None:
+        """A fresh file to write in. Raises UserError when the work folder cannot be used."""
         fresh = f"# Write your code here, save, then press Enter in the terminal.\n\n{ask.initial.rstrip()}\n"
-        if path.exists() and path.read_bytes() != fresh.encode():
-            self.say(f"your earlier {path.name} is kept as {keep_mine(path).name}")
-        write_atomic(path, fresh)
+        try:
+            if path.exists() and path.read_bytes() != fresh.encode():
+                self.say(f"your earlier {path.name} is kept as {keep_mine(path).name}")
+            write_atomic(path, fresh)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path} ({error.strerror or error}); name a folder that you may write with --work DIR. "
+                "What you answered so far is stored."
+            ) from None
         self._begun = path
         self.say(f"write your code in {path}")
 

@@ -162,6 +162,21 @@ def test_a_file_that_is_no_text_or_gone_is_a_sentence(use, monkeypatch, tmp_path
     assert "is not UTF-8 text" in out and out.count("write your code in") == 2 and stored() == [("a-code", 1)]
 
 
+def test_a_folder_that_cannot_be_written_is_one_sentence(drill, use, tmp_path):
+    use(bank.code())
+    (tmp_path / "file").write_text("")
+    code, _, err = drill(f"--work {tmp_path}/file/deeper", "")
+    assert code == 2 and "--work DIR" in err and err.count("\n") == 1 and stored() == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is a folder that nobody can write, not even root")
+@pytest.mark.parametrize("options", ["--markdown /proc/a.md", "--anki /proc/a.apkg"])
+def test_an_export_that_cannot_be_written_is_one_sentence(drill, use, options):
+    use(bank.card())
+    code, _, err = drill(f"export {options}")
+    assert code == 2 and "cannot write '/proc/a." in err and err.count("\n") == 1
+
+
 def test_without_an_editor_the_learner_is_told_to_open_the_file(monkeypatch, tmp_path):
     monkeypatch.delenv("VISUAL", raising=False)
     monkeypatch.delenv("EDITOR", raising=False)
