@@ -124,7 +124,11 @@ def page() -> str:
 
 
 def _link(title: str, where: str) -> str:
-    return f"[{title}]({where})" if where.startswith("http") else f"[{title}, arXiv {where}](https://arxiv.org/abs/{where})"
+    return (
+        f"[{title}]({where})"
+        if where.startswith("http")
+        else f"[{title}, arXiv {where}](https://arxiv.org/abs/{where})"
+    )
 
 
 def write(path: Path, text: str) -> None:

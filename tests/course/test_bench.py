@@ -25,6 +25,11 @@ def test_holds_is_computed_from_the_goal(change, expected):
     assert bench.holds(BASE | change) is expected
 
 
+def test_the_table_prints_zero_as_zero_and_a_missed_goal_as_no():
+    lines = bench.table({"rows": [BASE | {"value": 0, "goal": ">= 1", "holds": False}]}).splitlines()
+    assert lines[1].split() == ["x", "0", "s", ">=", "1", "NO"]
+
+
 def test_a_goal_that_cannot_be_read_is_an_error():
     with pytest.raises(ValueError, match="must read like"):
         bench.holds(BASE | {"goal": "about 3"})

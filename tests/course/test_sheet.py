@@ -176,7 +176,9 @@ def test_distillation():
 
     def gradient(temperature, factor):
         student = start.clone().requires_grad_()
-        kl = F.kl_div((student / temperature).log_softmax(-1), (teacher / temperature).softmax(-1), reduction="batchmean")
+        kl = F.kl_div(
+            (student / temperature).log_softmax(-1), (teacher / temperature).softmax(-1), reduction="batchmean"
+        )
         (factor * kl).backward()
         return student.grad.norm().item()
 
@@ -194,7 +196,9 @@ def test_the_page_holds_every_formula_every_trap_and_the_whole_glossary():
         assert formula.trap is None or formula.trap in page
     assert page.count("\n| ") == len(topics.load()) + 1
     assert "- Example: r = 16, d_in = 4,096, d_out = 1,024 gives 81,920." in page
-    assert [int(n) for n in re.findall(r"^## (\d\d)", page, re.MULTILINE)] == sorted({int(f.lesson[:2]) for f in FORMULAS})
+    assert [int(n) for n in re.findall(r"^## (\d\d)", page, re.MULTILINE)] == sorted(
+        {int(f.lesson[:2]) for f in FORMULAS}
+    )
 
 
 def test_the_same_data_gives_the_same_page():

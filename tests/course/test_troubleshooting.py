@@ -94,7 +94,9 @@ def test_a_broken_table_is_refused_with_id_and_field(tmp_path):
 def test_every_row_points_to_a_lesson():
     titles = {f"{topic.lesson} {topic.title}" for topic in topics.load()}
     assert {row.lesson for row in ROWS} <= titles
-    assert all(re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+/(issues|pull)/\d+", link) for row in ROWS for link in row.see)
+    assert all(
+        re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+/(issues|pull)/\d+", link) for row in ROWS for link in row.see
+    )
 
 
 # ---- the loss ----
@@ -265,7 +267,9 @@ def test_double_bos(tokenizer):
 
 def test_chat_template_not_set(tokenizer):
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="Cannot use chat template functions because tokenizer.chat_template is not set"):
+    with pytest.raises(
+        ValueError, match="Cannot use chat template functions because tokenizer.chat_template is not set"
+    ):
         tokenizer.apply_chat_template(TALK)
 
 

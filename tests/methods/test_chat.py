@@ -30,8 +30,9 @@ hostile = st.lists(
 
 
 def conversations(text):
-    message = st.builds(lambda role, content: {"role": role, "content": content},
-                        st.sampled_from(["system", "user", "assistant"]), text)
+    message = st.builds(
+        lambda role, content: {"role": role, "content": content}, st.sampled_from(["system", "user", "assistant"]), text
+    )
     return st.lists(message, min_size=1, max_size=6)
 
 

@@ -82,8 +82,14 @@ def test_gradients_flow_through_the_hidden_states_of_the_prompt():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=29, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2)
+    config = LlamaConfig(
+        vocab_size=29,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     model = LlamaForCausalLM(config)
     embeds = model.get_input_embeddings()(torch.randint(29, (1, 10))).detach().requires_grad_()
     labels = torch.tensor([[IGNORE_INDEX] * 7 + [3, 4, 5]])

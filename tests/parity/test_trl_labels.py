@@ -12,7 +12,7 @@ from trl.trainer.utils import add_fused_lm_head
 from finetune_lab.methods.chat import assistant_labels, chat_format, completion_labels, render_chat, text_encoder
 from finetune_lab.methods.loss import IGNORE_INDEX, chunked_loss
 
-WORDS = ["lamp", "order", "4417", "Ost", "is", "where?", "yes.", "{\"a\": 1}", "the", " ", "\n", "café", "flickers", "£5"]
+WORDS = ["lamp", "order", "4417", "Ost", "is", "where?", "yes.", '{"a": 1}', "the", " ", "\n", "café", "flickers", "£5"]
 
 
 def conversation(rng, turns):
@@ -25,12 +25,27 @@ def conversation(rng, turns):
 
 def trainer(rows, tokenizer, tmp_path, **settings):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                         num_attention_heads=2, num_key_value_heads=1)
-    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], shuffle_dataset=False,
-                     per_device_train_batch_size=4, max_length=None, **settings)
-    return SFTTrainer(model=LlamaForCausalLM(config), args=args, train_dataset=Dataset.from_list(rows),
-                      processing_class=tokenizer)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    args = SFTConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        shuffle_dataset=False,
+        per_device_train_batch_size=4,
+        max_length=None,
+        **settings,
+    )
+    return SFTTrainer(
+        model=LlamaForCausalLM(config), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
 
 
 def prepared(rows, tokenizer, tmp_path, **settings):
@@ -89,8 +104,16 @@ def test_our_loss_on_our_labels_equals_the_loss_that_trl_trains_with(tiny_tokeni
 @pytest.mark.parametrize("num_items", [None, 30])
 def test_chunked_loss_equals_trls_fused_head(num_items):
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                                         num_attention_heads=2, num_key_value_heads=1))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
     add_fused_lm_head(model)
     ids = torch.randint(61, (3, 9))
     labels = ids.masked_fill(torch.rand(3, 9) < 0.6, IGNORE_INDEX)

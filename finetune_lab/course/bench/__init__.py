@@ -17,7 +17,7 @@ from finetune_lab.errors import UserError
 
 BENCHES = {
     "loss": "loss at labelled positions only: speed and memory against full logits and TRL's fused head",
-    "masking": "loss over answers only against loss over every token: five seeds on the tiny model",
+    "masking": "right labels against every token, and against masked ends of turn: what each teaches, five seeds",
     "world": "the tiny model: what the base knows, what fine-tuning teaches it, what it forgets",
 }
 EVIDENCE = Path(__file__).parents[2] / "evidence"
@@ -70,7 +70,9 @@ def figure(name: str, row: str) -> dict:
 def _short(value: object) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else {True: "yes", False: "NO"}.get(value, str(value))
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def table(result: dict) -> str:

@@ -1,25 +1,42 @@
-"""Bench `masking`: the loss over answers only against the loss over every token, on the tiny model, five seeds.
+"""Bench `masking`: the right labels against two others, on the tiny model, five seeds.
 
-Both sides see the same items in the same order and take the same steps; only the labels differ. Each row is a mean
+"every token" counts the prompt too; "ends masked" is what `pad_token = the end of turn` does to labels that are masked
+by comparing ids with the padding token. Both sides see the same items in the same order and take the same steps; only the labels differ. Each row is a mean
 over the seeds, with its standard deviation in a row of its own. No goals: whatever comes out is what the lesson says.
 """
 
+import functools
 from statistics import mean, stdev
 
 import torch
 
 from finetune_lab.lab import generate, tasks, train
-from finetune_lab.lab.evaluate import LONGEST_ANSWER, general
+from finetune_lab.lab.evaluate import general
 from finetune_lab.lab.models import load
 from finetune_lab.lab.tiers import TINY
+from finetune_lab.methods.chat import IGNORE_INDEX, chat_format, completion_labels, text_encoder
 from finetune_lab.methods.loss import sft_loss
 
 NAME = "masking"
-HELP = "loss over answers only against loss over every token: exact match, held-out loss, parroting, forgetting"
+HELP = "right labels against every token, and against masked ends of turn: what each teaches, five seeds"
 
-# name -> task, training items, steps: where the steps of the lab's recipe would leave nothing to compare, fewer
+# name -> task, training items, steps. Eight tickets and 15 steps: where samples are few
 SETTINGS = {"answer": ("answer", 500, 100), "extract": ("extract", 200, 30), "extract, 8 items": ("extract", 8, 15)}
-PEER = "every token"
+COMPARED = [
+    ("answer", "every token"), ("extract", "every token"), ("extract, 8 items", "every token"),
+    ("answer", "ends masked"), ("extract", "ends masked"),
+]  # fmt: skip
+MOST = 64  # tokens an answer may have, for both sides
+
+
+def ends_masked(tokenizer):
+    """Labels of the answer with every end-of-turn label gone, as a collator makes them where it is the padding token."""
+    end = chat_format(tokenizer).end[-1]
+
+    def labels(prompt_ids: list[int], ids: list[int]) -> list[int]:
+        return [IGNORE_INDEX if label == end else label for label in completion_labels(prompt_ids, ids)]
+
+    return labels
 
 
 @torch.no_grad()
@@ -39,39 +56,43 @@ def parroting(said: list[str], items: list[dict]) -> float:
     return hits / len(items)
 
 
+@functools.cache
 def one_run(setting: str, mask: str, seed: int, test_items: int) -> dict[str, float]:
-    """Fine-tune the tiny model once and measure it on held-out items."""
+    """Fine-tune the tiny model once and measure it on held-out items. mask: "answers", "every token", "ends masked"."""
     task, count, steps = SETTINGS[setting]
     recipe = TINY.recipes[task]
     model, tokenizer = load("tiny", seed=seed)
+    rules = {"answers": "completion", "every token": "all", "ends masked": ends_masked(tokenizer)}
     model = train.add_lora(model, recipe.rank, seed=seed)
     train.sft(
         model, tokenizer, tasks.load_task(task, "train", count, seed), steps=steps,
-        batch_size=recipe.batch_size, lr=recipe.lora_lr, seed=seed, mask=mask,
+        batch_size=recipe.batch_size, lr=recipe.lora_lr, seed=seed, mask=rules[mask],
     )  # fmt: skip
     items = tasks.load_task(task, "test", test_items)
-    said = generate.answer(model, tokenizer, [i["prompt"] for i in items], max_new_tokens=LONGEST_ANSWER[task])
-    scores = tasks.score(task, said, items)
-    kept = general(model, tokenizer, test_items)
+    said = generate.answer(model, tokenizer, [i["prompt"] for i in items], max_new_tokens=MOST)
+    encode = text_encoder(tokenizer)
     return {
-        **{name.replace("_", " "): value for name, value in scores.items()},
+        "exact match": tasks.score(task, said, items)["exact_match"],
+        "tokens an answer": mean(len(encode(text)) for text in said),
         "held-out answer loss": answer_loss(model, tokenizer, items),
         "parroting": parroting(said, items),
-        "facts kept": kept["facts"],
-        "story perplexity": kept["story_perplexity"],
+        "story perplexity": general(model, tokenizer, test_items)["story_perplexity"],
     }
 
 
+UNITS = {"held-out answer loss": "nats", "tokens an answer": "tokens"}
+
+
 def run(quick: bool) -> list[dict]:
-    """Rows: answers only (value) against every token (peer_value), mean and standard deviation over the seeds."""
-    seeds, settings, test_items = (range(2), ["answer"], 20) if quick else (range(5), list(SETTINGS), 200)
+    """Rows: the right labels (value) against other ones (peer_value), mean and standard deviation over the seeds."""
+    seeds, compared, test_items = (range(2), COMPARED[:1], 20) if quick else (range(5), COMPARED, 200)
     rows = []
-    for setting in settings:
-        runs = {mask: [one_run(setting, mask, seed, test_items) for seed in seeds] for mask in ("completion", "all")}
-        for metric in runs["all"][0]:
+    for setting, peer in compared:
+        runs = {mask: [one_run(setting, mask, seed, test_items) for seed in seeds] for mask in ("answers", peer)}
+        for metric in runs[peer][0]:
             for what, summary in (("", mean), (", standard deviation", stdev)):
-                mine, peer = (summary(run[metric] for run in runs[mask]) for mask in ("completion", "all"))
-                unit = "nats" if "loss" in metric else "1"
-                rows.append({"name": f"{setting}: {metric}{what}", "value": mine, "unit": unit, "peer": PEER,
-                             "peer_value": peer, "ratio": None, "goal": None})  # fmt: skip
+                mine, other = (summary(run[metric] for run in runs[mask]) for mask in ("answers", peer))
+                rows.append({"name": f"{setting}, against {peer}: {metric}{what}", "value": mine,
+                             "unit": UNITS.get(metric, "1"), "peer": peer, "peer_value": other,
+                             "ratio": None, "goal": None})  # fmt: skip
     return rows

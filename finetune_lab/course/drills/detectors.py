@@ -230,9 +230,7 @@ def answer_logps(namespace: dict) -> str | None:
     prompt, chosen, rejected = torch.tensor([3, 7, 2, 9, 4, 4]), torch.tensor([5, 1]), torch.tensor([8, 8, 6, 2, 10])
     got = [namespace["logp"](model, prompt, answer).item() for answer in (chosen, rejected)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    losses = [
-        step(namespace["loss"](model, reference, prompt, chosen, rejected, 2.0), optimizer) for _ in range(20)
-    ]
+    losses = [step(namespace["loss"](model, reference, prompt, chosen, rejected, 2.0), optimizer) for _ in range(20)]
     if trouble := trains(losses):
         return trouble
     for answer, value in zip((chosen, rejected), got, strict=True):
@@ -290,5 +288,3 @@ def anchor_holds(namespace: dict) -> str | None:
         moved[strength] = (model.weight - start).norm().item()
     share = moved[5.0] / moved[0.0]
     return None if share < 0.5 else f"with the penalty the weights move {share:.0%} as far as without: it does nothing"
-
-
