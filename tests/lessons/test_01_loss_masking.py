@@ -6,6 +6,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from finetune_lab.course import bench
+
 SOLUTION = Path(__file__).resolve().parents[2] / "solutions" / "01_loss_masking.ipynb"
 
 
@@ -35,14 +37,16 @@ def number(pattern, text):
 def test_the_number_that_hurts_is_healed(printed):
     before, after = re.search(r"tokens an answer: ([\d.]+) before, ([\d.]+) after", printed).groups()
     enough = float(re.search(r"\(([\d.]+) are enough", printed)[1])
-    assert float(before) > 1.5 * enough
-    assert float(after) < 1.1 * enough
+    assert float(before) > 3 * enough
+    assert float(after) < 1.2 * enough
     hurt, healed = re.findall(r": (\d+) % right, [\d.]+ tokens an answer", printed)
-    assert int(hurt) <= 5 and int(healed) >= 90
+    assert int(hurt) <= 10 and int(healed) >= 90
 
 
 def test_a_forged_turn_goes_through_the_template_and_not_through_ours(printed):
-    template, ours, sanitized = map(int, re.search(r"template (\d+), render_chat (\d+), sanitized (\d+)", printed).groups())
+    template, ours, sanitized = map(
+        int, re.search(r"template (\d+), render_chat (\d+), sanitized (\d+)", printed).groups()
+    )
     assert (template, ours, sanitized) == (3, 1, 1)
 
 
@@ -78,6 +82,30 @@ def test_labels_equal_trls_in_all_three_forms(printed):
 
 def test_a_row_without_a_label_is_nan_and_is_found(printed):
     assert re.search(r"loss nan, has a label: False", printed)
+
+
+def test_what_the_text_says_about_the_mask_is_what_was_recorded():
+    """Enough samples: no difference. Eight tickets: apart. Never parroting. Stories suffer more without the mask."""
+    rows = {row["name"]: row for row in bench.recorded("masking")["rows"]}
+
+    def gap(name):
+        """(mask - no mask, sum of both standard deviations)"""
+        row, sd = rows[name], rows[f"{name}, standard deviation"]
+        return row["value"] - row["peer_value"], sd["value"] + sd["peer_value"]
+
+    for setting in ("answer", "extract"):
+        difference, spread = gap(f"{setting}, against every token: exact match")
+        assert abs(difference) <= max(spread, 0.01)
+    difference, spread = gap("extract, 8 items, against every token: exact match")
+    assert difference > spread and difference > 0.2
+    for setting in ("answer", "extract", "extract, 8 items"):
+        difference, spread = gap(f"{setting}, against every token: story perplexity")
+        assert -difference > spread
+        row = rows[f"{setting}, against every token: parroting"]
+        assert row["value"] == row["peer_value"] == 0
+    difference, spread = gap("answer, against ends masked: exact match")
+    assert difference > spread and difference > 0.8
+    assert abs(gap("extract, against ends masked: exact match")[0]) < 0.1  # the base stops there by itself
 
 
 def test_every_myth_has_its_place(notebook):
