@@ -33,9 +33,7 @@ def sft_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = No
     (`has_labels` finds such rows first).
     """
     scores, targets = shift(logits, labels)
-    total = F.cross_entropy(
-        scores.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    total = F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     if num_items is None:
         num_items = (targets != IGNORE_INDEX).sum()
     return total / num_items
@@ -56,9 +54,7 @@ def has_labels(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).any(1)
 
 
-def labelled_only_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | int | None = None
-) -> Tensor:
+def labelled_only_loss(hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
     """`sft_loss(hidden @ weight.T, labels)` that makes logits only for the positions that count.
 
     hidden: (batch, seq, width), the last hidden states; weight: (vocab, width) of the output head; labels: (batch, seq).

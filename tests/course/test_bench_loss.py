@@ -37,4 +37,6 @@ def test_goals_stand_on_the_chunked_loss_only(rows):
 
 def test_parroting_needs_four_words_of_the_question_in_a_row():
     items = [{"prompt": [{"role": "user", "content": "What is the dish of Morness?"}]}] * 3
-    assert masking.parroting(["bean stew", "is the dish of: stew", "the dish is of Morness"], items) == pytest.approx(1 / 3)
+    assert masking.parroting(["bean stew", "is the dish of: stew", "the dish is of Morness"], items) == pytest.approx(
+        1 / 3
+    )

@@ -28,7 +28,9 @@ def a_format(draw) -> chat.ChatFormat:
 
 def talk(draw, turns: int, system: bool) -> list[dict]:
     roles = ["system"] * system + ["user", "assistant"] * turns
-    return [{"role": r, "content": " ".join(str(draw.randint(1, 99)) for _ in range(draw.randint(1, 4)))} for r in roles]
+    return [
+        {"role": r, "content": " ".join(str(draw.randint(1, 99)) for _ in range(draw.randint(1, 4)))} for r in roles
+    ]
 
 
 # 01.1 render_chat
