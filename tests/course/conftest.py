@@ -1,6 +1,7 @@
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -12,6 +13,13 @@ def own_home(tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_LAB_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("FINETUNE_LAB_CHECK", raising=False)
     return tmp_path / "home"
+
+
+@pytest.fixture(autouse=True)
+def no_figure_left():
+    """A test that looks at a figure need not close it; the next test starts with none."""
+    yield
+    plt.close("all")
 
 
 @pytest.fixture
