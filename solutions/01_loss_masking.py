@@ -47,6 +47,7 @@ def logits_of(ids, **extra) -> Tensor:
     with torch.no_grad():
         return model(batch.to(model.device), **extra).logits.cpu()
 
+
 # %% [markdown]
 # ## The problem in one number
 # We want short answers to questions about the towns of the tiny world, which the base model knows. One line of the set-up
@@ -75,6 +76,7 @@ def careless(prompt_ids: list[int], ids: list[int]) -> list[int]:
 
 
 rambler = tuned(careless, questions, recipe.steps)
+
 
 # %%
 def report(some_model, name: str) -> float:
@@ -124,6 +126,7 @@ print("\nas ids:", fmt)
 # `fmt.gap`, and note who said what: a *span* is `(role, start, stop)`, from the first token of the text to just behind
 # `fmt.end`.
 
+
 # %%
 def render_chat(
     messages: list[dict], fmt: ChatFormat, encode: Callable, add_generation_prompt: bool = False
@@ -155,7 +158,9 @@ def render_chat(
 
 render_chat = check.render_chat(render_chat)
 ids, spans = render_chat(messages, fmt, encode)
-print("as the tokenizer's own template:", ids == tokenizer.apply_chat_template(messages)["input_ids"], "| spans:", spans)
+print(
+    "as the tokenizer's own template:", ids == tokenizer.apply_chat_template(messages)["input_ids"], "| spans:", spans
+)
 
 # %% [markdown]
 # Details matter. Llama-3 has **two** newlines behind the header and **none** behind the end of a turn; notes often print it
@@ -177,9 +182,7 @@ for name in ("llama3", "llama3_2"):
 
 first = tokenizer.convert_ids_to_tokens(ids[0])
 adds_bos = copy.deepcopy(tokenizer)
-adds_bos.backend_tokenizer.post_processor = TemplateProcessing(
-    single=f"{first} $A", special_tokens=[(first, ids[0])]
-)
+adds_bos.backend_tokenizer.post_processor = TemplateProcessing(single=f"{first} $A", special_tokens=[(first, ids[0])])
 text = adds_bos.apply_chat_template(messages, tokenize=False)
 print("a tokenizer that adds bos begins:", adds_bos.convert_ids_to_tokens(adds_bos(text)["input_ids"])[:3])
 
@@ -247,6 +250,7 @@ Explorer(table, alt="Every token of a conversation with its id and its label.", 
 # The prompt is masked, the rest counts. Find the border by comparing ids: a tokenizer may merge the prompt's last
 # characters with the answer's first ones, so `len(prompt_ids)` is not always the place. Do not shift.
 
+
 # %%
 def completion_labels(prompt_ids: list[int], ids: list[int]) -> list[int]:
     """-100 where ids agree with prompt_ids from the start on, then the ids themselves; as long as ids."""
@@ -286,7 +290,9 @@ for item in (by_length[0], questions[0], by_length[-1]):
     prompt, _ = render_chat(item["prompt"], fmt, encode, add_generation_prompt=True)
     row, _ = render_chat([*item["prompt"], *item["completion"]], fmt, encode)
     starts.append(len(prompt))
-    print(f"start {starts[0]} counts {tokenizer.decode(row[starts[0]:])!r}, right is {tokenizer.decode(row[len(prompt):])!r}")
+    print(
+        f"start {starts[0]} counts {tokenizer.decode(row[starts[0] :])!r}, right is {tokenizer.decode(row[len(prompt) :])!r}"
+    )
 
 # %% [markdown]
 # ## The loss, from scratch
@@ -307,9 +313,7 @@ def sft_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = No
     """
     # BEGIN SOLUTION
     scores, targets = shift(logits, labels)
-    total = F.cross_entropy(
-        scores.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    total = F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     if num_items is None:
         num_items = (targets != IGNORE_INDEX).sum()
     return total / num_items
@@ -365,6 +369,7 @@ print("smallest gradient norm at the logits of counted ones:", f"{out.grad[0, co
 # ## Many turns
 # ### Exercise 1.4 · Labels for many turns (10 minutes)
 # Agents and chats have many turns. Every assistant span counts, its end-of-turn token included.
+
 
 # %%
 def assistant_labels(ids: list[int], spans: list[tuple]) -> list[int]:
@@ -459,17 +464,17 @@ plots.show(figure, alt="; ".join(f"{' '.join(k.split())} {v:.0f} ± {spread[k]:.
 
 # %% [markdown]
 # What the spreads allow us to say, for this model: with enough samples the mask does not change what is right. With 8
-# tickets it does, and much. Nobody ever repeated the question. And counting everything moves the model further from its
-# stories (perplexity), because it also learns to write like a customer.
+# tickets it does, and much. No answer ever repeated the question. And counting everything moves the model further from its
+# stories (perplexity): it also learns to write like a customer.
 #
-# The gap at 8 tickets has a plain reason: most counted tokens are then the customer's, so few steps leave little for the
-# answer. On large models the result can turn around: "Instruction Tuning With Loss Over Instructions" (arXiv 2405.14394)
+# A likely reason for the gap at 8 tickets: most counted tokens are the customer's, so few steps leave little for the answer. On large models the result can turn around: "Instruction Tuning With Loss Over Instructions" (arXiv 2405.14394)
 # found that counting the prompt often *helps*, with long prompts, short answers and few samples, where it keeps the model
 # from overfitting; QLoRA (arXiv 2305.14314) found answers only slightly better. A trade-off, not a law: measure it.
 #
 # ## Padding, left and right
 # ### Exercise 1.5 · Positions from the mask (5 minutes)
 # Rows of a batch differ in length. The attention mask (1 = real) hides padding; positions should count real tokens only.
+
 
 # %%
 def positions_from_mask(attention_mask: Tensor) -> Tensor:
@@ -545,7 +550,9 @@ print(f"in the labels: masked by id {(by_id == END).sum()}, masked by position {
 
 # %%
 healed = report(tuned(completion_labels, questions, recipe.steps), "padding masked by position")
-print(f"tokens an answer: {rambling:.1f} before, {healed:.1f} after. Five seeds, of the right labels and without the ends:")
+print(
+    f"tokens an answer: {rambling:.1f} before, {healed:.1f} after. Five seeds, of the right labels and without the ends:"
+)
 compare("ends masked", "exact match", "tokens an answer")
 text = tokenizer.apply_chat_template(messages, tokenize=False) + tokenizer.decode([END])
 appended = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -595,6 +602,7 @@ predict.number("01-p4", guess, 100 * abs(mean_of_means / token_mean - 1).item(),
 # Padding wastes compute; *packing* puts samples one behind the other. Then nothing may look across the border.
 # ### Exercise 1.6 · The block-diagonal mask (10 minutes)
 
+
 # %%
 def block_diagonal_mask(position_ids: Tensor) -> Tensor:
     """(batch, seq) positions that restart at 0 with every sample -> bool (batch, 1, seq, seq), True = may attend:
@@ -640,10 +648,9 @@ plots.show(figure, alt=f"A square of {packed.shape[1]} by {packed.shape[1]} toke
 # Logits are the largest tensor of a small batch: tokens × vocabulary. Most rows of it are masked. Why make them?
 # ### Exercise 1.7 · The loss at labelled positions (10 minutes)
 
+
 # %%
-def labelled_only_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | int | None = None
-) -> Tensor:
+def labelled_only_loss(hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
     """sft_loss(hidden @ weight.T, labels, num_items) with logits at the counted positions only.
 
     hidden (batch, seq, width), weight (vocab, width), labels (batch, seq).
