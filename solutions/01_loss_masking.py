@@ -94,7 +94,8 @@ rambling = report(rambler, "pad = end of turn")
 
 # %% [markdown]
 # No label told the model to stop. It goes on, and the answer is useless, although the training loss fell as it should. Later
-# in the lesson the same number is healed, and you will know every token that counted.
+# in the lesson the same number is healed, and you will know every token that counted. (A real model has never heard of these
+# towns, so it is not right either way: there, watch the tokens an answer.)
 #
 # ## What changes from pre-training
 # Almost nothing. The loss is the same cross-entropy of the next token, $-\sum_t \log p(x_t \mid x_{<t})$; what changes is
