@@ -188,19 +188,20 @@ for method in ("LoRA r=16", "full"):
 # ## How a lesson works
 #
 # 1. **Predict.** You write a number before the cell shows it. Being wrong is the point.
-# 2. **Exercise.** You replace `raise NotImplementedError` by a few lines. The next cell checks them on random cases and
-#    names the mistake if it knows it. Wrong or skipped? The lesson goes on with the reference: nothing breaks.
+# 2. **Exercise.** You replace `raise NotImplementedError` by a few lines. The last line of the cell checks them on random
+#    cases and names the mistake if it knows it. Wrong or skipped? The lesson goes on with the reference: nothing breaks.
 # 3. **Myths.** What common notes get wrong is disproved by a cell.
 #
+# ### Exercise 0.1 · Exact match (3 minutes)
 # Try it. Exact match is a function of two lists.
 
 
 # %%
 def exact_match(predictions, references):
     """Share (0 to 1) of predictions equal to their reference, white space around both ignored; 0 for no items."""
-    # BEGIN SOLUTION
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references: give one each")
+    # BEGIN SOLUTION
     if not predictions:
         return 0.0
     right = sum(p.strip() == r.strip() for p, r in zip(predictions, references, strict=True))
@@ -243,8 +244,9 @@ print(exact_match(after, [tasks.reference(item) for item in tests]))
 # | 05 SFT with TRL | What does the real trainer do? |
 # | 06 DPO | How does a model learn which answer is better? |
 # | 07 model merging | Can two skills be added up? |
+# | 16 interview drills | Would you say it right on Thursday? |
 #
-# The order is that of practice: first SFT (*how to answer*), then preference alignment (*which answer is better*). DPO,
+# Lessons 00, 01 and 16 are written, the others are planned. The order is that of practice: first SFT (*how to answer*), then preference alignment (*which answer is better*). DPO,
 # by the way, is not reinforcement learning. Pictures to remember them by: full fine-tuning rewrites the book, LoRA writes
 # notes in its margin, a quantized base is the paperback edition.
 
@@ -253,6 +255,7 @@ print(exact_match(after, [tasks.reference(item) for item in tests]))
 #
 # - **Learner:** open lesson 01 and go in order. Write code; do not only read.
 # - **Instructor:** each lesson is 60 to 90 minutes; the complete ones, with outputs, are in `solutions/`.
-# - **Interview:** read the myths and the summary of each lesson first, then do its exercises against the clock.
+# - **Interview:** read the myths and the summary of each lesson first, then practise with `finetune-lab drill` or
+#   lesson 16; `finetune-lab drill --mock 45` is a mock interview.
 #
 # Next: `01_loss_masking.ipynb`.

@@ -634,7 +634,7 @@ for name, extra in options.items():
     gap = (logits_of(packed, **{"use_cache": False, **extra})[0] - apart).abs().max()
     print(f"{name:30} largest difference to separate samples: {gap:.1e}")
 
-figure, ax = plots.axes("Black: what each packed token may see", "token seen", "token that sees", size=(3.6, 3.6))
+figure, ax = plots.axes("Black: what a packed token sees", "token seen", "token that sees", size=(3.6, 3.6))
 ax.imshow(~block_diagonal_mask(positions)[0, 0], cmap="gray")
 ax.grid(visible=False)
 plots.show(figure, alt=f"A square of {packed.shape[1]} by {packed.shape[1]} tokens with two separate black triangles "
@@ -698,6 +698,7 @@ for row in bench.recorded("loss")["rows"]:
 # TRL builds the same labels from three forms of data. Its model does not matter for that, so a toy stands in.
 
 # %%
+import tempfile
 import warnings
 
 from datasets import Dataset, disable_progress_bars
@@ -718,7 +719,8 @@ toy = LlamaForCausalLM(
 
 def trl_row(sample: dict, **settings) -> tuple[list[int], list[int]]:
     """(ids, labels) that SFTTrainer prepares from one sample."""
-    args = SFTConfig(output_dir="trl", use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, **settings)
+    folder = tempfile.mkdtemp()  # the trainer makes it; here nothing is written
+    args = SFTConfig(output_dir=folder, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, **settings)
     row = SFTTrainer(toy, args, train_dataset=Dataset.from_list([sample]), processing_class=marked).train_dataset[0]
     return row["input_ids"], row["labels"]
 

@@ -47,7 +47,7 @@ exercise(
     metrics.exact_match,
     _cases,
     wrong=[
-        Wrong(_count, "this counts the right answers: divide by their number to get a share"),
+        Wrong(_count, "this counts the right answers: divide by the number of predictions to get a share"),
         Wrong(_with_spaces, "white space around an answer should not decide: strip both sides before you compare"),
         Wrong(_contains, "'It is 19.' contains 19 but is not 19: compare with ==, not with `in`"),
         Wrong(_any_place, "compare each prediction with its own reference, not with all of them: zip the two lists"),
