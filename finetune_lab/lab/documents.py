@@ -5,7 +5,7 @@ and subtracts, tells stories, answers questions about a passage and fills record
 course later measures is never shown: no ticket with the JSON record of the `extract` task (other shops, other keys),
 no sum of a test split, no question in the chat format about a fact, no test combination of a ticket.
 Easy first: the first documents draw from a few towns, small numbers and short lists (`Pen.reach`). Facts are learnt
-after a plateau that is shorter when few of them are asked for at first (Zucchet et al. 2025, arXiv 2503.21676).
+after a plateau, which an uneven choice of facts shortens (Zucchet et al. 2025, arXiv 2503.21676).
 """
 
 import json

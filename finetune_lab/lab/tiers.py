@@ -65,7 +65,8 @@ _ASK = {
 SMALL = Tier(
     name="small",
     recipes={
-        task: Recipe(steps=40, batch_size=4, lora_lr=5e-4, full_lr=2e-5) for task in ("extract", "answer", "math")
+        task: Recipe(steps=40, batch_size=4, lora_lr=5e-4, full_lr=2e-5, items=500)
+        for task in ("extract", "answer", "math")
     },
     test_items=20,
     instruction=_ASK,
@@ -74,7 +75,8 @@ SMALL = Tier(
 LARGE = Tier(
     name="large",
     recipes={
-        task: Recipe(steps=100, batch_size=8, lora_lr=2e-4, full_lr=1e-5) for task in ("extract", "answer", "math")
+        task: Recipe(steps=100, batch_size=8, lora_lr=2e-4, full_lr=1e-5, items=500)
+        for task in ("extract", "answer", "math")
     },
     test_items=100,
     instruction=_ASK,
