@@ -53,7 +53,9 @@ def run(*command, env=None):
 def environment(**extra):
     """The environment of everything started here: only this virtual environment's packages and kernels."""
     env = {**os.environ, "PYTHONNOUSERSITE": "1", "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONUTF8": "1", **extra}
-    env["PATH"] = os.pathsep.join([str(PYTHON.parent), env.get("PATH", "")])  # JupyterLab's terminal finds finetune-lab
+    env["PATH"] = os.pathsep.join(
+        [str(Path(PYTHON).parent), env.get("PATH", "")]
+    )  # JupyterLab's terminal finds finetune-lab
     env.pop("PYTHONPATH", None)
     env.pop("PYTHONHOME", None)
     return env

@@ -4,6 +4,7 @@ nbclient does the work. This module adds the settings that make a run quiet and 
 outputs. A cell timeout is always set: matplotlib with widgets has hung a kernel before.
 """
 
+import logging
 import os
 import re
 import subprocess
@@ -67,10 +68,21 @@ def run(
     except DeadKernelError:
         broke = "the kernel died (out of memory?)"
     except Exception:
-        if client.km is None:  # nbclient 0.11 answers Ctrl-C by ending the kernel, and then trips over its absence
-            raise KeyboardInterrupt from None
-        raise
+        if not _interrupted(client):
+            raise
+    if _interrupted(client):
+        raise KeyboardInterrupt
     return time.perf_counter() - start, broke
+
+
+def _interrupted(client: NotebookClient) -> bool:
+    """Did Ctrl-C end this run? nbclient 0.11 answers it by ending the kernel, and then trips over the kernel's absence
+    in one way or another; the future of that clean-up is the trace it leaves. asyncio would print the rest at exit.
+    """
+    stopped = getattr(client, "_async_cleanup_kernel_future", None) is not None
+    if stopped:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+    return stopped
 
 
 def failures(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:

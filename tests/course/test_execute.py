@@ -63,6 +63,7 @@ def test_ctrl_c_stops_a_run_with_one_line_and_no_kernel_left(tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and error.splitlines()[-1] == "finetune-lab: stopped." and "Traceback" not in error
+    assert process.returncode == 130, error
+    assert error.splitlines()[-1] == "finetune-lab: stopped." and "Traceback" not in error
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)
