@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from finetune_lab.course import progress
 from finetune_lab.course.lessons import Lesson, course_root, keep_mine, lessons, select, write_atomic
-from finetune_lab.course.provenance import provenance
 from finetune_lab.errors import UserError
+from finetune_lab.provenance import provenance
 
 
 def run_lesson(lesson: Lesson, tree: str, model: str | None, timeout: float, save: Path | None = None) -> dict:

@@ -12,8 +12,8 @@ import os
 import re
 from pathlib import Path
 
-from finetune_lab.course.provenance import provenance
 from finetune_lab.errors import UserError
+from finetune_lab.provenance import provenance
 
 BENCHES = {
     "loss": "loss at labelled positions only: speed and memory against full logits and TRL's fused head",

@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -23,6 +24,20 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, object]:
     return {"system": platform.system(), "arch": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count()}
+
+
+def git_state(folder: Path = Path()) -> dict[str, object] | None:
+    """{"commit", "changed"} of the git repository around `folder`; None when there is none, or no git."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=20)
+    return done.stdout.strip()
 
 
 def _cpu() -> str:
