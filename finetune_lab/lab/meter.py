@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 
 def peak_bytes(fn: Callable[[], object]) -> int:
@@ -18,15 +18,31 @@ def peak_bytes(fn: Callable[[], object]) -> int:
 
     Counts every allocation of torch's CPU allocator, temporary buffers inside kernels included.
     """
-    fn()  # a first call may build caches
+    return max(0, *held_over_time({"call": fn})["call"])
+
+
+def held_over_time(phases: dict[str, Callable[[], object]]) -> dict[str, list[int]]:
+    """Bytes held beyond those before the first phase, after each allocation and release, phase by phase (CPU tensors).
+
+    Runs all phases once to warm up, then once in one recording, in order: {"forward": ..., "backward": ...}.
+    """
+    for fn in phases.values():
+        fn()  # a first call may build caches
     with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as run:
-        fn()
-    events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
+        for name, fn in phases.items():
+            with record_function(f"phase {name}"):
+                fn()
+    events = run.profiler.kineto_results.events()
+    ends = {e.name(): e.start_ns() + e.duration_ns() for e in events if e.name().startswith("phase ")}
+    memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    curves: dict[str, list[int]] = {name: [] for name in phases}
+    held = 0
+    for event in memory:
         held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+        phase = next((name for name in phases if event.start_ns() <= ends[f"phase {name}"]), None)
+        if phase is not None:
+            curves[phase].append(held)
+    return curves
 
 
 @contextmanager

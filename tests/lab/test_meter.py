@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from finetune_lab.lab.meter import interleaved_seconds, median_ratio, peak_bytes
+from finetune_lab.lab.meter import held_over_time, interleaved_seconds, median_ratio, peak_bytes
 
 
 def test_peak_bytes_is_exact_for_one_tensor():
@@ -19,6 +19,15 @@ def test_peak_bytes_counts_what_lives_at_the_same_time_only():
 def test_peak_bytes_sees_buffers_inside_a_backward_pass():
     x = torch.randn(256, 256, requires_grad=True)
     assert peak_bytes(lambda: torch.autograd.grad((x @ x).exp().sum(), x)) >= 3 * 256 * 256 * 4
+
+
+def test_held_over_time_follows_what_each_phase_leaves_behind():
+    kept = []
+    curves = held_over_time({"make": lambda: kept.append(torch.ones(100)), "look": lambda: torch.ones(50).numel(),
+                             "free": kept.clear})  # fmt: skip
+    assert {name: (max(curve), curve[-1]) for name, curve in curves.items()} == {
+        "make": (400, 400), "look": (600, 400), "free": (0, 0)
+    }  # fmt: skip
 
 
 def test_the_profiler_says_nothing_on_stderr(capfd):
