@@ -3,9 +3,9 @@
 What: an adapter is a name and one `LoRALinear` (or a subclass) for each chosen linear layer. The active one stands in
 the model where the linear layer stood; the others wait in `model.adapters` and share the same frozen layers. So
 `model.parameters()` sees the active adapter only, and an idle one costs nothing.
-Papers: LoRA 2106.09685; LoRA+ 2402.12354 (B learns `ratio` times faster than A).
+Paper: LoRA, Hu et al. 2021, arXiv 2106.09685 (section 4.2: swap the update, keep the weights).
 Leaves out: a different adapter for each row of a batch (S-LoRA), and parameters trained beside the adapters.
-In production: `peft.get_peft_model`, `PeftModel.set_adapter`, `peft.optimizers.create_loraplus_optimizer`.
+In production: `peft.get_peft_model`, `PeftModel.set_adapter`, `add_weighted_adapter(combination_type="cat")`.
 """
 
 import re
@@ -82,13 +82,19 @@ def active_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {path: module for path, module in _slots(model) if isinstance(module, LoRALinear)}
 
 
+def active_adapter(model: nn.Module) -> str | None:
+    """Name of the active adapter; None when the plain layers stand in the model."""
+    layers = set(active_layers(model).values())
+    return next((name for name, each in adapters(model).items() if layers & set(each.values())), None)
+
+
 def set_adapter(model: nn.Module, adapter: str | None) -> nn.Module:
     """Make one adapter the active, trainable one; None puts the plain layers back. Returns the model.
 
     Raises ValueError for an unknown name and while an adapter is merged.
     """
-    if adapter is not None and adapter not in adapters(model):
-        raise ValueError(f"no adapter {adapter!r}; the model has: {', '.join(adapters(model)) or 'none'}")
+    if adapter is not None:
+        _known(model, adapter)
     _refuse_merged(model, "switch")
     for path, old in active_layers(model).items():
         model.set_submodule(path, old.base)
@@ -100,10 +106,8 @@ def set_adapter(model: nn.Module, adapter: str | None) -> nn.Module:
 
 def delete_adapter(model: nn.Module, adapter: str) -> nn.Module:
     """Forget an adapter; if it was the active one, the plain model remains. Raises ValueError as `set_adapter`."""
-    layers = adapters(model).get(adapter)
-    if layers is None:
-        raise ValueError(f"no adapter {adapter!r}; the model has: {', '.join(adapters(model)) or 'none'}")
-    if any(layer is layers.get(path) for path, layer in active_layers(model).items()):
+    _known(model, adapter)
+    if adapter == active_adapter(model):
         set_adapter(model, None)
     model.adapters = {name: each for name, each in adapters(model).items() if name != adapter}
     return model
@@ -118,8 +122,7 @@ def add_weighted(model: nn.Module, weights: Mapping[str, float], adapter: str) -
     Raises ValueError for unknown names and for DoRA, whose updates do not add.
     """
     for name in weights:
-        if name not in adapters(model):
-            raise ValueError(f"no adapter {name!r}; the model has: {', '.join(adapters(model)) or 'none'}")
+        _known(model, name)
         if any(isinstance(layer, DoRALinear) for layer in adapters(model)[name].values()):
             raise ValueError(f"adapter {name!r} is a DoRA: its updates do not add up; merge it into a model instead")
     summed = {}
@@ -197,41 +200,6 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     return model
 
 
-def trainable_report(model: nn.Module) -> dict:
-    """What the optimizer will see: numbers `trainable`, `total`, their `share`, `bytes` of the trained parameters.
-
-    `by_name`: trained parameters for each kind of layer (`q_proj`, ...). Shared parameters count once.
-    """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    total = sum(p.numel() for p in model.parameters())
-    by_name: dict[str, int] = {}
-    for name, p in trained.items():
-        kind = name.split(".")[-2] if "." in name else name
-        by_name[kind] = by_name.get(kind, 0) + p.numel()
-    count = sum(by_name.values())
-    return {
-        "trainable": count,
-        "total": total,
-        "share": count / total,
-        "bytes": sum(p.numel() * p.element_size() for p in trained.values()),
-        "by_name": by_name,
-    }
-
-
-def loraplus_groups(model: nn.Module, lr: float, ratio: float, weight_decay: float = 0.0) -> list[dict]:
-    """Parameter groups for any optimizer: A (and other matrices) at `lr`, B and vectors at `lr * ratio`.
-
-    LoRA+ suggests a ratio of about 2^4 to start from; it depends on task and model. As peft's
-    `create_loraplus_optimizer`, DoRA's magnitudes included; without its group for embeddings.
-    """
-    slow, fast = [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            (fast if name.rpartition(".")[2] == "B" or p.ndim == 1 else slow).append(p)
-    groups = [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * ratio}]
-    return [group | {"weight_decay": weight_decay} for group in groups]
-
-
 def _slots(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Path and module of the whole tree, not looking inside adapters. A shared module appears at each of its places."""
     for name, child in module.named_children():
@@ -259,6 +227,11 @@ def _named(path: str, name: str) -> bool:
 
 def _last_names(paths) -> list[str]:
     return sorted({path.rpartition(".")[2] for path in paths})
+
+
+def _known(model: nn.Module, adapter: str) -> None:
+    if adapter not in adapters(model):
+        raise ValueError(f"no adapter {adapter!r}; the model has: {', '.join(adapters(model)) or 'none'}")
 
 
 def _refuse_merged(model: nn.Module, what: str) -> None:
