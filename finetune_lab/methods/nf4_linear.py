@@ -1,0 +1,80 @@
+"""A linear layer whose weight is stored in NF4: the base layer of QLoRA.
+
+Paper: QLoRA (Dettmers et al. 2023, arXiv 2305.14314, eq. 5 and 6). Formula: y = x dequantize(W)^T + b; in backward
+dL/dx = dL/dy dequantize(W), the weight restored a second time. No gradient for W: it is frozen, and codes have none.
+Autograd saves the packed weight only, so that the restored one (8 times larger in fp32) dies within the layer.
+Leaves out: fused kernels (bitsandbytes' gemv for one token), FSDP storage dtypes. In production: `bnb.nn.Linear4bit`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blockwise import Scales
+from .nf4 import Quantized, dequantize, quantize
+
+
+class NF4Linear(nn.Module):
+    """`nn.Linear` with its weight in 4 bits, frozen. Make one with `NF4Linear.from_linear(linear)`.
+
+    weight (the packed codes) and scales are buffers: `state_dict` holds them, `.to(device)` moves them. A LoRA layer on
+    top (lesson 03's `LoRALinear(base=...)`) is QLoRA: it needs `in_features`, `out_features` and `forward` only.
+    """
+
+    def __init__(self, q: Quantized, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.out_features, self.in_features = q.shape
+        self.blocksize, self.dtype, self.compute_dtype = q.blocksize, q.dtype, compute_dtype
+        self.register_buffer("packed", q.packed)
+        self.register_buffer("code", q.code)
+        double = isinstance(q.absmax, Scales)
+        self.register_buffer("absmax", q.absmax.absmax if double else q.absmax)
+        self.register_buffer("absmax_codes", q.absmax.codes if double else None)
+        self.register_buffer("absmax_offset", q.absmax.offset if double else None)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        blocksize: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | None = None,
+    ) -> "NF4Linear":
+        """Quantise a linear layer's weight (out, in). compute_dtype: of the matrix product; None takes the input's."""
+        q = quantize(linear.weight, blocksize=blocksize, double_quant=double_quant)
+        return cls(q, linear.bias, compute_dtype)
+
+    @property
+    def quantized(self) -> Quantized:
+        """The weight as it is stored: its bytes are `quantized.nbytes`."""
+        absmax = self.absmax
+        if self.absmax_codes is not None:
+            absmax = Scales(self.absmax_codes, self.absmax, self.absmax_offset, 256)
+        shape = torch.Size([self.out_features, self.in_features])
+        return Quantized(self.packed, absmax, shape, self.dtype, self.blocksize, self.code)
+
+    def dequantized(self) -> Tensor:
+        """The weight that the layer computes with, (out, in), in the dtype it came in: what an adapter is merged into."""
+        return dequantize(self.quantized)
+
+    def forward(self, x: Tensor) -> Tensor:
+        compute = self.compute_dtype or x.dtype
+        y = _MatMul.apply(x.to(compute), self.quantized)
+        return (y if self.bias is None else y + self.bias.to(compute)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, blocksize={self.blocksize}"
+
+
+class _MatMul(torch.autograd.Function):
+    """x (..., in) @ dequantize(W) (out, in)^T. Keeps the packed weight for backward, neither x nor the restored W."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, q: Quantized) -> Tensor:
+        ctx.q = q
+        return F.linear(x, dequantize(q).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor):
+        return grad_y @ dequantize(ctx.q).to(grad_y.dtype), None
