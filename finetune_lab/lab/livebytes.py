@@ -1,0 +1,64 @@
+"""Live bytes: every storage that torch operations make, counted from birth to death, in a real training step.
+
+What is counted: the bytes of each `untyped_storage` that an operation returns, once however many tensors share it,
+until Python's and autograd's last reference is gone. What is not: scratch space inside a kernel (it never becomes a
+tensor), the allocator's rounding, and the interpreter. torch.distributed._tools.MemTracker counts the same way, slower.
+One distortion is stated: under any dispatch mode autograd adds gradients of a shared tensor out of place (its in-place
+path asks for plain tensors), so one sum of two gradients is alive that an untraced run would not have.
+"""
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Context manager: `live` bytes now, `peak` since `mark()`; known storages (a model's) are counted by `watch`."""
+
+    def __init__(self, log: bool = False) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self.at_peak = ""  # the operation that reached it
+        self.log: list[tuple[str, int]] | None = [] if log else None
+        self._known: dict[int, tuple[weakref.ref, int]] = {}
+
+    def watch(self, tensors: Iterable[torch.Tensor]) -> int:
+        """Count storages that already exist; returns the bytes that were new."""
+        before = self.live
+        for tensor in tensors:
+            self._count(tensor)
+        self.peak = max(self.peak, self.live)
+        return self.live - before
+
+    def mark(self) -> int:
+        """Start a new phase: the peak of the last one is returned, the next begins at what is alive."""
+        peak, self.peak = self.peak, self.live
+        return peak
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone(_, key=key, size=size) -> None:
+            self.live -= size
+            del self._known[key]
+
+        self._known[key] = (weakref.ref(storage, gone), size)
+        self.live += size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf)
+        if self.live > self.peak:
+            self.peak, self.at_peak = self.live, str(func)
+        if self.log is not None:
+            self.log.append((str(func), self.live))
+        return out
