@@ -21,7 +21,7 @@ class NF4Linear(nn.Module):
     top (lesson 03's `LoRALinear(base=...)`) is QLoRA: it needs `in_features`, `out_features` and `forward` only.
     """
 
-    def __init__(self, q: Quantized, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None):
+    def __init__(self, q: Quantized, bias: nn.Parameter | None = None, compute_dtype: torch.dtype | None = None):
         super().__init__()
         self.out_features, self.in_features = q.shape
         self.blocksize, self.dtype, self.compute_dtype = q.blocksize, q.dtype, compute_dtype
@@ -31,7 +31,7 @@ class NF4Linear(nn.Module):
         self.register_buffer("absmax", q.absmax.absmax if double else q.absmax)
         self.register_buffer("absmax_codes", q.absmax.codes if double else None)
         self.register_buffer("absmax_offset", q.absmax.offset if double else None)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.bias = bias
 
     @classmethod
     def from_linear(
@@ -60,21 +60,24 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         compute = self.compute_dtype or x.dtype
-        y = _MatMul.apply(x.to(compute), self.quantized)
-        return (y if self.bias is None else y + self.bias.to(compute)).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(compute)
+        return _Linear.apply(x.to(compute), self.quantized, bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, blocksize={self.blocksize}"
 
 
-class _MatMul(torch.autograd.Function):
-    """x (..., in) @ dequantize(W) (out, in)^T. Keeps the packed weight for backward, neither x nor the restored W."""
+class _Linear(torch.autograd.Function):
+    """x (..., in) @ dequantize(W) (out, in)^T + b. Keeps the packed weight for backward; neither x nor the restored W."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, q: Quantized) -> Tensor:
+    def forward(ctx, x: Tensor, q: Quantized, bias: Tensor | None) -> Tensor:
         ctx.q = q
-        return F.linear(x, dequantize(q).to(x.dtype))
+        return F.linear(x, dequantize(q).to(x.dtype), bias)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y: Tensor):
-        return grad_y @ dequantize(ctx.q).to(grad_y.dtype), None
+        wants_x, _, wants_bias = ctx.needs_input_grad
+        grad_x = grad_y @ dequantize(ctx.q).to(grad_y.dtype) if wants_x else None
+        return grad_x, None, grad_y.flatten(0, -2).sum(0) if wants_bias else None
