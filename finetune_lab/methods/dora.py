@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from finetune_lab.methods.lora import LoRALinear
 
+SMALL = 1e-12  # a row of zeros (a pruned output, a padded vocabulary) has no direction: 0 / 0 without this, as in peft
+
 
 class DoRALinear(LoRALinear):
     """`LoRALinear` with a trained magnitude (out_features,), which starts at the row norms of the base's weight.
@@ -43,7 +45,7 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def direction_norm(self) -> Tensor:
         """||W0 + s B A|| of each row, (out_features,), a constant for autograd (section 4.3)."""
-        return torch.linalg.vector_norm(self.base_weight.to(self.A.dtype) + self.delta(), dim=1)
+        return torch.linalg.vector_norm(self.base_weight.to(self.A.dtype) + self.delta(), dim=1).clamp(min=SMALL)
 
     def adapted_weight(self) -> Tensor:
         """W' = m (W0 + s B A) / ||W0 + s B A||, rounded once to the base's dtype."""
