@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .blockwise import dequantize_blockwise, quantize_blockwise
+from finetune_lab.methods.blockwise import dequantize_blockwise, quantize_blockwise
 
 SMALL = 4096
 

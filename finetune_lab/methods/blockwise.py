@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .codebooks import blocks, dynamic_code, nearest
+from finetune_lab.methods.codebooks import blocks, dynamic_code, nearest
 
 CELLS = 2**16
 SMALLEST = torch.finfo(torch.float32).tiny  # the smallest normal number: its reciprocal is still finite

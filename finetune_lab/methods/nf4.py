@@ -13,8 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .blockwise import Scales, double_quantize, restore_scales
-from .codebooks import blocks, midpoints, nearest, nf4_code
+from finetune_lab.methods.blockwise import Scales, double_quantize, restore_scales
+from finetune_lab.methods.codebooks import blocks, midpoints, nearest, nf4_code
 
 SMALLEST = 1e-38  # a block whose absmax is below is scaled by this: 1 / absmax must stay finite
 CHUNK = 2**19  # values worked on at a time: their buffers stay in the cache, and Python is called seldom

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blockwise import Scales
-from .nf4 import Quantized, dequantize, quantize
+from finetune_lab.methods.blockwise import Scales
+from finetune_lab.methods.nf4 import Quantized, dequantize, quantize
 
 
 class NF4Linear(nn.Module):
@@ -54,7 +54,7 @@ class NF4Linear(nn.Module):
         shape = torch.Size([self.out_features, self.in_features])
         return Quantized(self.packed, absmax, shape, self.dtype, self.blocksize, self.code)
 
-    def dequantized(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """The weight that the layer computes with, (out, in), in the dtype it came in: what an adapter is merged into."""
         return dequantize(self.quantized)
 
@@ -62,6 +62,14 @@ class NF4Linear(nn.Module):
         compute = self.compute_dtype or x.dtype
         bias = None if self.bias is None else self.bias.to(compute)
         return _Linear.apply(x.to(compute), self.quantized, bias).to(x.dtype)
+
+    def _apply(self, fn, recurse: bool = True) -> "NF4Linear":
+        """`.to(torch.bfloat16)` on a whole model must not round the scales and the levels: they move, but stay fp32."""
+        kept = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, blocksize={self.blocksize}"
