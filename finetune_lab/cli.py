@@ -32,6 +32,8 @@ COMMANDS = {
     "troubleshoot": ("finetune_lab.course.troubleshooting", "symptom or error text: cause, test, fix"),
     "models": ("finetune_lab.lab.models_cli", "list the models, fetch one"),
     "data": ("finetune_lab.lab.data_cli", "check your own data before training on it"),
+    "sft": ("finetune_lab.lab.sft_cli", "fine-tune a model on your own data: LoRA, DoRA, QLoRA or full"),
+    "generate": ("finetune_lab.lab.generate_cli", "ask a model: base, adapter and merged side by side"),
     "drill": ("finetune_lab.course.drills.cli", "practise interview questions, or sit a mock interview"),
     "bench": ("finetune_lab.course.bench", "measure the course's claims on this machine"),
     "build": ("finetune_lab.course.build", "make the notebooks from the lesson sources (authors)"),

@@ -25,9 +25,13 @@ def complete(
     *,
     max_new_tokens: int = 64,
     batch_size: int = 64,
+    stops: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """New token ids behind each row of token ids, without the stop token. The model's mode is put back."""
-    training, stops = model.training, stop_ids(tokenizer)
+    """New token ids behind each row of token ids, without the stop token. The model's mode is put back.
+
+    stops: the ids that end an answer, `stop_ids(tokenizer)` unless given.
+    """
+    training, stops = model.training, list(stops or stop_ids(tokenizer))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     out: list[list[int]] = [[] for _ in rows]

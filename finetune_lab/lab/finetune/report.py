@@ -1,0 +1,178 @@
+"""What a run leaves for people and programs: report.md, report.json, curve.png."""
+
+import statistics
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from finetune_lab.lab.finetune import runs
+from finetune_lab.lab.finetune.memory import gb
+from finetune_lab.lab.finetune.preflight import Preflight
+
+SHARES = ("exact_match", "field_f1", "good")
+BLUE, VERMILLION = "#0072B2", "#D55E00"
+
+
+def build(
+    found: Preflight,
+    before: dict,
+    after: dict,
+    samples: list[dict],
+    log: list[dict],
+    bill: dict,
+    made: dict,
+    result: str,
+) -> dict:
+    """The report as plain values. before, after: scores; log: the trainer's; bill: seconds, bytes; made: provenance."""
+    loss = [[row["step"], row["loss"]] for row in log if "loss" in row]
+    held_out = [[row["step"], row["eval_loss"]] for row in log if "eval_loss" in row]
+    tail = [value for _, value in loss[-10:]]
+    return {
+        **found.as_dict(),
+        "before": before, "after": after, "samples": samples, "result": result,
+        "loss": loss, "held_out_loss": held_out,
+        "final_loss": statistics.mean(tail) if tail else None,
+        **bill, **made,
+    }  # fmt: skip
+
+
+def write(report: dict, folder: Path) -> None:
+    """report.json, curve.png and report.md; the page last, as it names the others."""
+    runs.write(folder / "report.json", report)
+    if report["loss"]:
+        curve(report).savefig(folder / "curve.png", dpi=144)
+    runs.write(folder / "report.md", page(report, folder))
+
+
+def figures(scores: dict) -> str:
+    """Scores in one line."""
+    return ", ".join(f"{name.replace('_', ' ')} {_figure(name, value)}" for name, value in scores.items())
+
+
+def _figure(name: str, value: float | None) -> str:
+    if value is None:
+        return "none"
+    return f"{100 * value:.1f} %" if name in SHARES else f"{value:.3f} nats a token"
+
+
+def curve(report: dict) -> Figure:
+    """Training loss of each step, and held-out loss where it was measured."""
+    steps, values = zip(*report["loss"], strict=True)
+    with matplotlib.rc_context({"font.size": 10, "axes.spines.right": False, "axes.spines.top": False}):
+        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(steps, values, color=BLUE, linewidth=1.2)
+        axes.annotate(" training", (steps[-1], values[-1]), color=BLUE, va="bottom", annotation_clip=False)
+        if report["held_out_loss"]:
+            at, held = zip(*report["held_out_loss"], strict=True)
+            axes.plot(at, held, color=VERMILLION, marker="s", markersize=5, linewidth=1.5)
+            axes.annotate(" held out", (at[-1], held[-1]), color=VERMILLION, va="top", annotation_clip=False)
+        axes.set_title(f"Loss from {values[0]:.3g} to {report['final_loss']:.3g} in {steps[-1]} steps", loc="left")
+        axes.set(
+            xlabel="optimizer step",
+            ylabel="loss (nats a token)",
+        )
+        shown = [value for row in (report["loss"], report["held_out_loss"]) for _, value in row]
+        if min(shown) > 0 and max(shown) > 30 * min(shown):
+            axes.set(yscale="log", ylabel="loss (nats a token), log scale")
+        else:
+            axes.set_ylim(0, None)
+        axes.grid(alpha=0.25)
+    return figure
+
+
+def page(report: dict, folder: Path) -> str:
+    """The report as Markdown."""
+    recipe = report["recipe"]
+    out = [f"# {recipe['method']} on {recipe['model']}: {recipe['task'] or Path(recipe['data']).name}", ""]
+    out += _scores(report) + _curve(report) + _samples(report)
+    out += ["## The bill", "", *_table([["", ""], *_bill(report)]), ""]
+    out += _data(report)
+    kind = "adapter" if report["result"] == "adapter" else "model"
+    use = f"--adapter {folder}" if kind == "adapter" else f"--model {folder / 'model'}"
+    out += ["## Use it", "", "```sh", f'finetune-lab generate {use} "your prompt"', "```", ""]
+    out += ["## Recipe", "", "```yaml", (folder / "recipe.yaml").read_text(encoding="utf-8").strip(), "```", ""]
+    out += ["The same command again makes the same run; `--fresh` puts this one aside first.", ""]
+    return "\n".join(out)
+
+
+def _scores(report: dict) -> list[str]:
+    if not report["after"]:
+        return ["Nothing was held out, so nothing was scored: add `hold_out: 0.1`, or `valid: FILE`.", ""]
+    rows = [["held out", "before", "after"]]
+    for name, value in report["after"].items():
+        rows.append([name.replace("_", " "), _figure(name, report["before"].get(name)), _figure(name, value)])
+    return [*_table(rows), "", f"{report['scored_rows']} held-out rows, greedy answers.", ""]
+
+
+def _curve(report: dict) -> list[str]:
+    if not report["loss"]:
+        return []
+    first, last = report["loss"][0][1], report["final_loss"]
+    alt = f"Training loss falls from {first:.3g} to {last:.3g} nats a token in {report['loss'][-1][0]} steps."
+    if report["held_out_loss"]:
+        alt += f" Held-out loss ends at {report['held_out_loss'][-1][1]:.3g}."
+    return [f"![{alt}](curve.png)", ""]
+
+
+def _samples(report: dict) -> list[str]:
+    if not report["samples"]:
+        return []
+    out = ["## Samples", ""]
+    for sample in report["samples"]:
+        for name in ("prompt", "expected", "before", "after"):
+            out += [f"{name}:", "", *_quoted(sample[name]), ""]
+        out += ["---", ""]
+    return out[:-2]
+
+
+def _bill(report: dict) -> list[list[str]]:
+    seconds, recipe = report["seconds"], report["recipe"]
+    batch = recipe["batch_size"] * recipe["accumulation"] * report["processes"]
+    estimate = f" (estimated {gb(report['memory']['bytes'])} beside the libraries)" if report["memory"] else ""
+    git = report["git"]
+    state = f"{git['commit'][:10]}{' with changes' if git['changed'] else ''}" if git else "no repository"
+    return [
+        ["training", f"{seconds:.0f} s, {report['total_steps']} steps of {batch} sequences"],
+        ["trained parameters", f"{report['trained_parameters']:,} of {report['parameters']:,}"],
+        ["peak memory of the process", gb(report["peak_bytes"]) + estimate],
+        ["processes", str(report["processes"])],
+        ["seed", str(report["seed"])],
+        ["machine", f"{report['machine']['cpu']}, {report['machine']['cores']} cores, {report['machine']['system']}"],
+        ["versions", ", ".join(f"{k} {v}" for k, v in report["versions"].items())],
+        ["git", state],
+        ["date", report["date"]],
+    ]
+
+
+def _data(report: dict) -> list[str]:
+    data = report["data"]
+    size = f"{data['rows']} rows ({report['kind']}), {data['tokens']:,} tokens"
+    lengths = f"median {data['median']:g}, longest {data['longest']}"
+    share = f"{data['labelled_share']:.0%} of the tokens count in the loss"
+    out = ["## Data", "", f"{size}, {lengths}; {share}.", ""]
+    out += [f"- {note}" for note in report["notes"]]
+    out += [f"- **{f['level']}, {f['name']}**: {f['found']} {f['fix']}" for f in report["findings"]]
+    if report["notes"] or report["findings"]:
+        out.append("")
+    out += [
+        "One example; what counts in the loss stands between `[[` and `]]`:",
+        "",
+        *_quoted(report["previews"][0]),
+        "",
+    ]
+    return out
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    head, *body = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)]
+
+
+def _quoted(text: str) -> list[str]:
+    """A text of the data as a code block that nothing in it can end."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return [fence, text or "(nothing)", fence]

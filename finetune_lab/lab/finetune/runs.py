@@ -1,0 +1,129 @@
+"""The folder of a run: one process at a time, what it is, how far it got, and checkpoints that count only when complete.
+
+    runs/NAME/recipe.yaml       the completed recipe: `finetune-lab sft runs/NAME/recipe.yaml` is the same run
+    runs/NAME/run.json          what the run is (recipe, data, processes) and whether it is finished
+    runs/NAME/checkpoints/      while it trains; transformers writes here, file by file
+    runs/NAME/adapter|model/    the result, safetensors only
+    runs/NAME/report.md|json    and curve.png
+
+A process can be killed at any moment, so a checkpoint counts only when `complete.json` stands in it. That file is
+written last, by rename, and lists every file with its size; a folder that does not match it is deleted at the next start.
+
+About pickles. transformers 5.23 saves optimizer, schedule and random state with `torch.save`, and loads them with
+`weights_only=True`, which builds tensors and numbers and runs no code of the file. Only `training_args.bin` is a real
+pickle; nothing reads it, and it is removed before a checkpoint counts. The finished run keeps no checkpoint.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from finetune_lab.errors import UserError
+
+MARK = "complete.json"
+
+
+def write(path: Path, value) -> None:
+    """Write text (or a value as JSON) so that the file is either the old one or the whole new one."""
+    text = value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def read(path: Path) -> dict | None:
+    """The JSON object in a file; None when it is missing or broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the system lets go of it when the process ends, however it ends.
+
+    The lock lies beside the folder, not in it, so that `put_aside` can rename the folder.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"another process is training in {folder}: wait for it, or give another --out.") from None
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{folder} cannot be used as the run's folder: {error.strerror}. Give another --out.") from None
+
+
+def state_of(folder: Path, identity: dict) -> str:
+    """What stands in the folder for this run: 'new', 'unfinished' (the same run, go on) or 'finished'.
+
+    identity: everything that must be equal for the result to be the same, as {"name": value}.
+    Raises UserError when the folder holds another run, naming what differs, or files that are no run.
+    """
+    known = read(folder / "run.json")
+    if known is None:
+        others = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
+        if others:
+            raise UserError(f"{folder} holds files but no run ({', '.join(sorted(others)[:3])}): give another --out.")
+        return "new"
+    before = known.get("identity", {})
+    changed = [k for k in identity if before.get(k) != identity[k]]
+    if changed:
+        listed = ", ".join(f"{k} was {before.get(k)!r} and is now {identity[k]!r}" for k in changed[:4])
+        raise UserError(
+            f"{folder} holds another run: {listed}. Give another --out, or --fresh to put that run aside and start anew."
+        )
+    return "finished" if known.get("finished") else "unfinished"
+
+
+def put_aside(folder: Path) -> Path | None:
+    """Rename a run's folder to NAME.1, NAME.2, ... and return the new place; None when there was nothing."""
+    if not (folder / "run.json").exists():
+        return None
+    number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
+    return folder.rename(folder.with_name(f"{folder.name}.{number}"))
+
+
+def mark_complete(checkpoint: Path, **facts) -> None:
+    """Drop the pickle that nobody reads, flush every file to the disk, and write the mark with names and sizes."""
+    (checkpoint / "training_args.bin").unlink(missing_ok=True)
+    sizes = {}
+    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MARK):
+        with path.open("rb") as file:
+            with contextlib.suppress(OSError):
+                os.fsync(file.fileno())
+            sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
+    write(checkpoint / MARK, {"files": sizes, "written": time.time(), **facts})
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """True when the mark is there and every file that it lists has its size."""
+    mark = read(checkpoint / MARK)
+    if not mark or not isinstance(mark.get("files"), dict):
+        return False
+    return all((p := checkpoint / name).is_file() and p.stat().st_size == n for name, n in mark["files"].items())
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; those that were cut off in the middle are deleted."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir():
+            if is_complete(path):
+                found.append(path)
+            else:
+                shutil.rmtree(path)
+    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)

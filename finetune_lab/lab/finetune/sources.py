@@ -1,0 +1,136 @@
+"""Rows of a run: what is trained on, what is only scored. From a task, one's own JSONL, or a hub data set.
+
+Every row passes `lab.data`, so a bad line stops the run before it starts, with all bad lines named at once. Rows of a
+hub data set are written to a JSONL file first: they get the same checks, and the reader can look at them.
+Leaves out: streaming, mixtures of data sets, tools and images.
+"""
+
+import hashlib
+import json
+import random
+import tempfile
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finetune_lab.errors import UserError
+from finetune_lab.lab import data, hub
+from finetune_lab.lab.finetune.recipe import Recipe, tier_of
+
+COLUMNS = {"messages", "prompt", "completion", "chosen", "rejected", "id", "meta"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`train` and `valid` hold rows in conversational form; `notes` are sentences about what was read."""
+
+    kind: str
+    train: list[dict]
+    valid: list[dict] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+
+    def fingerprint(self) -> str:
+        """A hash of every row: a run that goes on must see the same data."""
+        text = json.dumps([self.kind, self.train, self.valid], sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read(recipe: Recipe, tokenizer, parameters: int, kinds: tuple[str, ...]) -> Rows:
+    """The rows of a completed recipe. kinds: the formats that the trainer takes, as in `data.FORMATS`.
+
+    Raises data.DataError with every bad line, UserError for a file of another format or too few rows.
+    """
+    if recipe.task:
+        return _task(recipe, parameters)
+    notes: list[str] = []
+    rows = _load(recipe.data, tokenizer, recipe.special_tokens, notes)
+    kind = data.format_of(rows[0])
+    if kind not in kinds:
+        raise UserError(
+            f"{recipe.data} holds {kind} data, but `{recipe.trainer()}` needs {' or '.join(kinds)} data "
+            f"({' or '.join('{' + ', '.join(sorted(data.FORMATS[k])) + '}' for k in kinds)})."
+        )
+    if recipe.items:
+        rows = rows[: recipe.items]
+    valid: list[dict] = []
+    if recipe.valid:
+        valid = _load(recipe.valid, tokenizer, recipe.special_tokens, notes)
+        if data.format_of(valid[0]) != kind:
+            raise UserError(
+                f"{recipe.valid} holds {data.format_of(valid[0])} data, {recipe.data} {kind} data: use one."
+            )
+    elif recipe.hold_out:
+        rows, valid = split(rows, recipe.hold_out, recipe.seed)
+        notes.append(f"{len(valid)} rows were drawn from the data for scoring (hold_out {recipe.hold_out:g})")
+    return Rows(kind, rows, valid, tuple(notes))
+
+
+def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
+    """(train, held out): rows with the same prompt stay on one side, so that nothing scored was seen in training."""
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(prompt_key(row), []).append(i)
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    wanted, kept = max(1, round(share * len(rows))), set()
+    for group in order:
+        if len(kept) >= wanted:
+            break
+        kept.update(group)
+    if len(kept) == len(rows):
+        raise UserError(
+            f"hold_out {share:g} of {len(rows)} row(s) leaves nothing to train on: give more rows, or valid."
+        )
+    return [r for i, r in enumerate(rows) if i not in kept], [r for i, r in enumerate(rows) if i in kept]
+
+
+def prompt_key(row: dict) -> str:
+    """What the model is given in a row, as text: two rows with the same key ask the same thing."""
+    return json.dumps(row["prompt"] if "prompt" in row else row["messages"][:-1], sort_keys=True)
+
+
+def _task(recipe: Recipe, parameters: int) -> Rows:
+    tier = tier_of(parameters)
+    items = tier.items(recipe.task, "train", recipe.items, recipe.seed)
+    valid = tier.items(recipe.task, "test", recipe.test_items) if recipe.test_items else []
+    train = [{"prompt": item["prompt"], "completion": item["completion"]} for item in items]
+    keys = {item["key"] for item in items}
+    seen = sum(item["key"] in keys for item in valid)
+    note = f"{len(valid)} held-out items of {recipe.task}; {seen} of them share their combination with a training item"
+    return Rows("prompt-completion", train, valid, (note,) if valid else ())
+
+
+def _load(source: str, tokenizer, special_tokens: str, notes: list[str]) -> list[dict]:
+    """Rows of a JSONL file, or of a hub data set `owner/name` or `owner/name:split`. Adds sentences to `notes`."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise UserError(f"{source} is a folder. Give a JSONL file, or a hub data set (owner/name).")
+    fetched = not path.exists() and path.suffix not in (".jsonl", ".json") and hub.looks_like_id(source.split(":")[0])
+    if not path.exists() and not fetched:
+        raise UserError(f"there is no file {source}: give a JSONL file, or a hub data set (owner/name).")
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if fetched:
+            path = _from_hub(source, Path(folder), notes)
+        rows = data.load_jsonl(path, tokenizer=tokenizer, special_tokens=special_tokens)
+    notes.extend(str(each.message) for each in caught if issubclass(each.category, UserWarning))
+    return rows
+
+
+def _from_hub(source: str, folder: Path, notes: list[str]) -> Path:
+    """Fetch a data set with `datasets`, keep the columns we know, and write it as JSONL."""
+    import datasets
+
+    name, _, part = source.partition(":")
+    try:
+        table = datasets.load_dataset(name, split=part or "train")
+    except Exception as error:  # datasets raises a dozen kinds, from no network to no such split
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the data set {source} could not be fetched: {first[:200]}") from error
+    if dropped := sorted(set(table.column_names) - COLUMNS):
+        notes.append(f"columns of {source} that are not used: {', '.join(dropped)}")
+    path = folder / f"{name.replace('/', '--')}.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for row in table.remove_columns(dropped):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return path

@@ -1,0 +1,115 @@
+"""Answers of the base model, the model with its adapter, and the merged model, with the template of training.
+
+    voices = load_voices(base="tiny", adapter="runs/x/adapter", which=("base", "adapter", "merged"))
+    voices["adapter"](["My lamp is broken."], max_new_tokens=64)
+
+The merged model is a copy, so that the others stay untouched. Greedy decoding: the same question gets the same answer.
+Leaves out: sampling, streaming, many adapters in one batch (lesson 15).
+"""
+
+import contextlib
+import copy
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from jinja2 import TemplateError
+from peft import PeftModel
+
+from finetune_lab.errors import UserError
+from finetune_lab.lab import generate, models
+from finetune_lab.lab.finetune.build import quiet_peft
+from finetune_lab.lab.finetune.encode import turn_end
+from finetune_lab.methods.chat import chat_format
+
+Chat = list[dict[str, str]]
+Voice = Callable[..., list[str]]
+WHICH = ("base", "adapter", "merged")
+
+
+def answers(
+    model, tokenizer, chats: Sequence[Chat | str], *, max_new_tokens: int = 64, batch_size: int = 32
+) -> list[str]:
+    """Greedy answers, with the same template as in training.
+
+    Control tokens typed in a text stay text wherever `lab.generate` can render the template itself.
+    """
+    try:
+        chat_format(tokenizer)
+    except (ValueError, TemplateError):
+        pass
+    else:
+        return generate.answer(model, tokenizer, chats, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    if not tokenizer.chat_template:
+        raise UserError("this model has no chat template, so it cannot be asked: use an -Instruct model.")
+    chats = [[{"role": "user", "content": c}] if isinstance(c, str) else c for c in chats]
+    rows = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
+    stops = sorted({turn_end(tokenizer), tokenizer.eos_token_id})
+    made = generate.complete(model, tokenizer, rows, max_new_tokens=max_new_tokens, batch_size=batch_size, stops=stops)
+    return tokenizer.batch_decode(made, skip_special_tokens=True)
+
+
+def find_adapter(path: str) -> Path:
+    """The adapter's folder: the path itself, or `adapter` in the folder of a run. Raises UserError."""
+    folder = Path(path).expanduser()
+    for place in (folder, folder / "adapter"):
+        if (place / "adapter_config.json").is_file():
+            if not (place / "adapter_model.safetensors").is_file():
+                raise UserError(
+                    f"{place} has no adapter_model.safetensors; other formats are pickles and are not read."
+                )
+            return place
+    if (folder / "model" / "config.json").is_file():
+        raise UserError(f"{path} holds a fully fine-tuned model, not an adapter: use --model {folder / 'model'}.")
+    raise UserError(f"{path} holds no adapter (no adapter_config.json): give the folder of a run or of an adapter.")
+
+
+def base_of(adapter: Path) -> str:
+    """The name of the model that an adapter was trained on."""
+    try:
+        return str(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{adapter / 'adapter_config.json'} cannot be read: {error}") from error
+
+
+def load_voices(
+    base: str | None, adapter: str | None = None, which: Sequence[str] = ("base",), dtype: torch.dtype = torch.float32
+) -> dict[str, Voice]:
+    """A function `(chats, max_new_tokens=...) -> answers` for each name in `which`.
+
+    base: the model; None takes the one that the adapter names. Raises UserError when the two do not fit together.
+    """
+    if adapter is None and set(which) - {"base"}:
+        raise UserError(f"{', '.join(w for w in which if w != 'base')} needs an adapter: give --adapter FOLDER.")
+    place = find_adapter(adapter) if adapter else None
+    if place and base and base != base_of(place):
+        raise UserError(
+            f"the adapter was trained on {base_of(place)}, not on {base}: on another base its answers are silently wrong."
+        )
+    model, tokenizer = models.load(base or (base_of(place) if place else None), dtype=dtype)
+    if place is None:
+        return {"base": _voice(model, tokenizer)}
+    try:
+        with quiet_peft():
+            tuned = PeftModel.from_pretrained(model, place).eval()
+    except (RuntimeError, ValueError, OSError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the adapter in {place} does not fit the model: {first[:200]}") from error
+    voices = {}
+    for name in which:
+        if name == "base":
+            voices[name] = _voice(tuned, tokenizer, tuned.disable_adapter)
+        elif name == "adapter":
+            voices[name] = _voice(tuned, tokenizer)
+        else:
+            voices[name] = _voice(copy.deepcopy(tuned).merge_and_unload(), tokenizer)
+    return voices
+
+
+def _voice(model, tokenizer, around=contextlib.nullcontext) -> Voice:
+    def voice(chats: Sequence[Chat | str], max_new_tokens: int = 64) -> list[str]:
+        with around():
+            return answers(model, tokenizer, chats, max_new_tokens=max_new_tokens)
+
+    return voice
