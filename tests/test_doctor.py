@@ -171,6 +171,26 @@ def test_a_tiny_model_that_does_not_run_blocks(machine):
     assert "the files are missing" in found["value"]
 
 
+def test_a_model_setting_that_does_not_load_blocks_with_the_setting_named(machine):
+    machine.learnt["setting"] = {"name": "foo", "problem": "There is no model 'foo'."}
+    found = row("model setting")
+    assert (found["level"], found["ok"]) == ("blocked", False)
+    assert found["value"] == "FINETUNE_LAB_MODEL=foo: There is no model 'foo'."
+    assert "unset it" in found["fix"] and "smollm2-135m" in found["fix"]
+
+
+def test_the_probe_judges_the_model_setting_without_asking_the_hub(monkeypatch, tmp_path):
+    from finetune_lab.lab import hub, models
+
+    monkeypatch.setattr(hub, "_ask", lambda *_: pytest.fail("asked the network"))
+    for name, problem in {"tiny": None, "foo": "no model 'foo'", str(tmp_path): "no config.json"}.items():
+        monkeypatch.setenv("FINETUNE_LAB_MODEL", name)
+        assert (problem or "") in probe.setting(models).get("problem", "" if problem is None else "nothing was said")
+    monkeypatch.setattr(hub, "is_offline", lambda: False)
+    monkeypatch.setenv("FINETUNE_LAB_MODEL", "owner/name")
+    assert probe.setting(models) == {"name": "owner/name"}
+
+
 def test_minutes_come_only_from_recorded_runs(machine, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(doctor, "EVIDENCE", tmp_path)
     assert doctor.recorded_minutes("tiny") == {}

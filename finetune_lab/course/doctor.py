@@ -162,6 +162,12 @@ def check_probe(learnt: dict) -> list[Row]:
             if torch["cuda"] is None and shutil.which("nvidia-smi"):
                 rows[-1].value = "this machine has an NVIDIA driver, but torch is the CPU build"
                 rows[-1].fix = "README, section CPU-only and CUDA, tells how to get the CUDA build"
+    if problem := learnt.get("setting", {}).get("problem"):
+        name = learnt["setting"]["name"]
+        value = f"FINETUNE_LAB_MODEL={name}: {problem}"
+        rows.append(
+            Row("model setting", value, "blocked", f"unset it for the tiny model, or set one of {known(learnt)}")
+        )
     if learnt.get("failed"):
         step, reason = learnt["failed"], learnt["reason"]
         if step == "tiny":
@@ -181,6 +187,10 @@ def check_probe(learnt: dict) -> list[Row]:
         value = 'bitsandbytes may say "Failed to load CPU gemm_4bit_forward" on this CPU; harmless, the course hides it'
         rows.append(Row("bitsandbytes", value, "note"))
     return rows
+
+
+def known(learnt: dict) -> str:
+    return ", ".join(row["name"] for row in learnt.get("models", []))
 
 
 def cpu_flags() -> set[str]:

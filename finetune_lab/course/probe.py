@@ -48,7 +48,7 @@ def main() -> None:
     say(**{"try": "models"})
     from finetune_lab.lab import models
 
-    say(models=[models.describe(name) for name in models.KNOWN])
+    say(models=[models.describe(name) for name in models.KNOWN], setting=setting(models))
 
     say(**{"try": "tiny"})
     started = time.perf_counter()
@@ -61,6 +61,21 @@ def main() -> None:
 
 def say(**row) -> None:
     print(json.dumps(row), flush=True)
+
+
+def setting(models) -> dict:
+    """The model that the lessons would load: `name`, and `problem`, one sentence, when they cannot. Asks no network."""
+    from finetune_lab.errors import UserError
+    from finetune_lab.lab import hub
+
+    name = models.chosen()
+    if name in models.KNOWN or (hub.looks_like_id(name) and hub.cached(name) is None and not hub.is_offline()):
+        return {"name": name}
+    try:
+        models.check_folder(models.locate(name, progress=False), name)
+    except UserError as error:
+        return {"name": name, "problem": str(error)}
+    return {"name": name}
 
 
 def gpu(torch) -> dict | None:

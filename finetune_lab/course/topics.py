@@ -20,6 +20,7 @@ from finetune_lab.errors import UserError
 TOPICS = Path(__file__).with_name("topics.yml")
 STATUSES = ("planned", "written", "later")
 MAX_LINE = 160
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same safe subset, eight times as fast where it was built
 _ROW = re.compile(r"S\d{3}")
 
 
@@ -55,7 +56,7 @@ def load(path: Path = TOPICS) -> list[Topic]:
         UserError: the file is not as its header says; names the id and the field of every problem found.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), LOADER)
     except yaml.YAMLError as error:
         raise UserError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from None
     lessons, entries = (document.get(k) if isinstance(document, dict) else None for k in ("lessons", "topics"))
