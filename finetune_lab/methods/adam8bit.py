@@ -49,7 +49,7 @@ class AdamW8bit(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    _update(p, self.state[p], **{name: group[name] for name in self.defaults})
+                    _update(p, self.state[p], group["lr"], group["betas"], group["eps"], group["weight_decay"])
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:

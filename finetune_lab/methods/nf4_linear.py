@@ -88,4 +88,5 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad_y: Tensor):
         wants_x, _, wants_bias = ctx.needs_input_grad
         grad_x = grad_y @ dequantize(ctx.q).to(grad_y.dtype) if wants_x else None
-        return grad_x, None, grad_y.flatten(0, -2).sum(0) if wants_bias else None
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if wants_bias else None
+        return grad_x, None, grad_bias
