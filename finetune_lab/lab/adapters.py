@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from finetune_lab.errors import UserError
 from finetune_lab.methods.dora import DoRALinear
 from finetune_lab.methods.inject import active_adapter, adapters, add_adapter, find_targets
-from finetune_lab.methods.lora import LoRALinear, features, lora_scaling, rslora_scaling
+from finetune_lab.methods.lora import LoRALinear, dense_weight, features, lora_scaling, rslora_scaling
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # how peft names the model inside its wrapper
@@ -44,7 +44,8 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str | None = Non
     name = adapter or active_adapter(model)
     layers = adapters(model).get(name)
     if layers is None:
-        raise UserError(f"no adapter {adapter or 'is active'}; the model has: {', '.join(adapters(model)) or 'none'}")
+        missing = "no adapter is active" if adapter is None else f"no adapter {adapter!r}"
+        raise UserError(f"{missing}; the model has: {', '.join(adapters(model)) or 'none'}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _config(model, layers).save_pretrained(str(folder))
@@ -77,21 +78,24 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = "default")
         if match is None:
             raise UserError(f"{folder}: tensor {key} is no part of a LoRA on a linear layer: load it with peft")
         parts.setdefault(match[1], {})[match[2]] = tensor
+    modules = {path: _base_layer(model, path, folder) for path in parts}
+    patterns = {"r": config["rank_pattern"], "lora_alpha": config["alpha_pattern"]}
+    sizes = {
+        path: [pattern.get(get_pattern_key(pattern, path), config[name]) for name, pattern in patterns.items()]
+        for path in parts
+    }
+    for path, part in parts.items():
+        _check_shapes(path, part, sizes[path][0], modules[path], config["use_dora"], folder)
+        _check_base_layer(path, part, modules[path], folder)
+    _check_base(modules, base, folder)
     scale = rslora_scaling if config["use_rslora"] else lora_scaling
     kind = DoRALinear if config["use_dora"] else LoRALinear
     layers = {}
     for path, part in parts.items():
-        module = _base_layer(model, path, folder)
-        r = config["rank_pattern"].get(get_pattern_key(config["rank_pattern"], path), config["r"])
-        alpha = config["alpha_pattern"].get(get_pattern_key(config["alpha_pattern"], path), config["lora_alpha"])
-        _check_shapes(path, part, r, module, config["use_dora"], folder)
-        layers[path] = kind(module, r, alpha, config["lora_dropout"], scale=scale)
+        layer = layers[path] = kind(modules[path], *sizes[path], config["lora_dropout"], scale=scale)
         with torch.no_grad():
-            for theirs, ours in OURS.items():
-                if theirs in part:
-                    getattr(layers[path], ours).copy_(part[theirs].reshape(getattr(layers[path], ours).shape))
-        _check_base_layer(path, part, layers[path], folder)
-    _check_base(layers, base, folder)
+            for tensor, parameter in ((part[t], getattr(layer, p)) for t, p in OURS.items() if t in part):
+                parameter.copy_(tensor.reshape(parameter.shape))
     try:
         return add_adapter(model, adapter, layers)
     except ValueError as error:
@@ -198,12 +202,12 @@ def _check_shapes(path: str, part: dict, r: int, module: nn.Module, dora: bool, 
             )
 
 
-def _check_base_layer(path: str, part: dict, layer: LoRALinear, folder: Path) -> None:
+def _check_base_layer(path: str, part: dict, module: nn.Module, folder: Path) -> None:
     """peft keeps the frozen weight of an adapted head or embedding in the file: it must be the model's own."""
     if "base_layer" not in part:
         return
-    theirs, ours = part["base_layer"], layer.base_weight
-    theirs = theirs.T if hasattr(layer.base, "nf") else theirs
+    theirs, ours = part["base_layer"], dense_weight(module)
+    theirs = theirs.T if hasattr(module, "nf") else theirs
     if theirs.shape != ours.shape or (theirs.to(ours).float() - ours.float()).norm() > 0.01 * ours.float().norm():
         raise UserError(
             f"{folder} brings its own weights of {path}, and they are not this model's: load the base that it was "
@@ -211,12 +215,12 @@ def _check_base_layer(path: str, part: dict, layer: LoRALinear, folder: Path) ->
         )
 
 
-def _check_base(layers: dict[str, LoRALinear], base: dict | None, folder: Path) -> None:
+def _check_base(modules: dict[str, nn.Module], base: dict | None, folder: Path) -> None:
     """Compare the fingerprints kept by `save_adapter`; a file that peft wrote has none."""
-    if not base or not set(layers) <= set(base):
+    if not base or not set(modules) <= set(base):
         return
-    now = torch.tensor([fingerprint(layer.base_weight) for layer in layers.values()])
-    distance = (now - torch.tensor([base[path] for path in layers])).square().mean().sqrt()
+    now = torch.tensor([fingerprint(dense_weight(module)) for module in modules.values()])
+    distance = (now - torch.tensor([base[path] for path in modules])).square().mean().sqrt()
     if distance > 0.3:
         raise UserError(
             f"{folder} was trained on another base: the shapes fit, but the frozen weights are others "
