@@ -85,15 +85,18 @@ def sft(
     seed: int = 0,
     mask: Mask = "completion",
     warmup: int = 10,
+    groups: list[dict] | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[dict]:
     """Train the parameters of `model` that want a gradient, in place; returns a row a step: step, loss, lr, seconds.
 
+    groups: AdamW's parameter groups, each with its own peak lr (LoRA+); the same warm-up and decay for all.
     on_step(step, loss) is called after each step, for bars and live curves.
     """
     rows = encode(tokenizer, items, mask)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups or trained, lr=lr, weight_decay=0.0)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     torch.manual_seed(seed)
@@ -101,16 +104,16 @@ def sft(
     model.train()
     for step, chosen in enumerate(batches(len(rows), batch_size, steps, seed)):
         batch = {k: v.to(model.device) for k, v in collate([rows[i] for i in chosen], pad).items()}
-        rate = lr * min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        share = min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1), 1.0)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * share
         hidden = base.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
         loss = labelled_only_loss(hidden, base.lm_head.weight, batch["labels"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        history.append({"step": step, "loss": loss.item(), "lr": rate, "seconds": time.perf_counter() - began})
+        history.append({"step": step, "loss": loss.item(), "lr": lr * share, "seconds": time.perf_counter() - began})
         if on_step:
             on_step(step, history[-1]["loss"])
     model.eval()
