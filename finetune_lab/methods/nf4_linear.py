@@ -61,7 +61,7 @@ class NF4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         compute = self.compute_dtype or x.dtype
         bias = None if self.bias is None else self.bias.to(compute)
-        return _Linear.apply(x.to(compute), self.quantized, bias).to(x.dtype)
+        return NF4Function.apply(x.to(compute), self.quantized, bias).to(x.dtype)
 
     def _apply(self, fn, recurse: bool = True) -> "NF4Linear":
         """`.to(torch.bfloat16)` on a whole model must not round the scales and the levels: they move, but stay fp32."""
@@ -75,7 +75,7 @@ class NF4Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, blocksize={self.blocksize}"
 
 
-class _Linear(torch.autograd.Function):
+class NF4Function(torch.autograd.Function):
     """x (..., in) @ dequantize(W) (out, in)^T + b. Keeps the packed weight for backward; neither x nor the restored W."""
 
     @staticmethod
