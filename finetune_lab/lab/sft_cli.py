@@ -90,8 +90,12 @@ def sft(args) -> int:
         say(text)
     from finetune_lab.lab.finetune import run
 
-    with _quiet(not first):
-        report = run.sft(recipe, fresh=args.fresh, say=say, found=found)
+    try:
+        with _quiet(not first):
+            report = run.sft(recipe, fresh=args.fresh, say=say, found=found)
+    except KeyboardInterrupt:
+        say("\nthe same command goes on from the last checkpoint.")
+        raise
     if args.json and first:
         print(json.dumps(report, indent=1, ensure_ascii=False))
     return 0

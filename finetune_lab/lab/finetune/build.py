@@ -84,10 +84,17 @@ def load_4bit(folder: Path, dtype: torch.dtype, device: str):
     return model.eval()
 
 
-def adapter_config(recipe: Recipe) -> LoraConfig | None:
-    """peft's configuration of the adapter; None for full fine-tuning."""
+def adapter_config(recipe: Recipe, model) -> LoraConfig | None:
+    """peft's configuration of the adapter; None for full fine-tuning. Raises UserError for a target that is no layer."""
     if recipe.method == "full":
         return None
+    linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    head = {name for name in linear if getattr(model, name, None) is model.get_output_embeddings()}
+    if unknown := set(recipe.targets) - (linear - head) - {"all-linear"}:
+        raise UserError(
+            f"targets: {recipe.model} has no linear layer {min(unknown)!r} to adapt; choose among "
+            f"{', '.join(sorted(linear - head))}, or all-linear."
+        )
     targets = recipe.targets[0] if recipe.targets == ("all-linear",) else list(recipe.targets)
     return LoraConfig(
         r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=targets,

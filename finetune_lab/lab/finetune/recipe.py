@@ -153,16 +153,12 @@ def load(kind: type[AnyRecipe], path: str | Path | None, given: dict | None = No
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, 1)
-            hint = (
-                f"here it is called {ELSEWHERE[key]!r}"
-                if key in ELSEWHERE
-                else f"did you mean {close[0]!r}"
-                if close
-                else ""
-            )
-            raise UserError(
-                f"{path}: there is no setting {key!r}" + (f"; {hint}." if hint else f". Settings: {', '.join(known)}.")
-            )
+            hint = f"Settings: {', '.join(known)}."
+            if key in ELSEWHERE:
+                hint = f"Here it is called {ELSEWHERE[key]!r}."
+            elif close:
+                hint = f"Did you mean {close[0]!r}?"
+            raise UserError(f"{path}: there is no setting {key!r}. {hint}")
     given = {k: v for k, v in (given or {}).items() if v is not None}
     if "task" in given:  # a flag replaces the file's choice, not only adds to it
         values = {k: v for k, v in values.items() if k not in ("data", "valid", "hold_out")}

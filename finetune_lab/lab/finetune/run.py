@@ -91,7 +91,13 @@ def sft(
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             say(f"this run is finished; --fresh trains it again. Its report: {folder / 'report.md'}")
             return runs.read(folder / "report.json")
-        return _train(found, settings, folder, on_step, say)
+        try:
+            return _train(found, settings, folder, on_step, say)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the memory of the GPU is full ({str(error).splitlines()[0][:120]}). Make batch_size smaller and "
+                "accumulation larger, shorten max_length, switch checkpointing on, or use qlora."
+            ) from error
 
 
 def identity(found: Preflight) -> dict:
@@ -134,6 +140,7 @@ def common_arguments(recipe: Recipe, folder: Path, *, cpu: bool, score: bool) ->
         "fp16": recipe.precision == "fp16",
         "activation_checkpointing": recipe.checkpointing,
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # by default a loss of nan is logged as the mean of the others
         "eval_strategy": "steps" if score else "no",
         "eval_steps": recipe.save_every,
         "prediction_loss_only": True,
@@ -160,14 +167,14 @@ def _train(found: Preflight, settings: SFTConfig, folder: Path, on_step, say) ->
     _wait()
     with build.quiet_peft():
         trainer = Trainer(
-            model=model, args=settings, processing_class=tokenizer, peft_config=build.adapter_config(recipe),
+            model=model, args=settings, processing_class=tokenizer, peft_config=build.adapter_config(recipe, model),
             train_dataset=_table(found.train), eval_dataset=_table(found.valid[:CURVE_ROWS]) if found.valid else None,
         )  # fmt: skip
     past = runs.read(Path(checkpoint) / runs.MARK) if checkpoint else {}
     clock = watch.Complete(past.get("seconds", 0.0))
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    for callback in (watch.Bar(), clock, *([watch.Steps(on_step)] if on_step else [])):
+    for callback in (watch.Finite(), watch.Bar(), clock, *([watch.Steps(on_step)] if on_step else [])):
         trainer.add_callback(callback)
     if first and checkpoint:
         say(f"going on from step {past['step']} of {found.total_steps}")

@@ -17,6 +17,7 @@ from finetune_lab.errors import UserError
 from finetune_lab.lab import data, hub
 from finetune_lab.lab.finetune.recipe import Recipe, tier_of
 
+FILES = (".jsonl", ".json", ".csv", ".txt", ".parquet")  # a name that ends like this is a file, not a hub data set
 COLUMNS = {"messages", "prompt", "completion", "chosen", "rejected", "id", "meta"}
 
 
@@ -105,7 +106,7 @@ def _load(source: str, tokenizer, special_tokens: str, notes: list[str]) -> list
     path = Path(source).expanduser()
     if path.is_dir():
         raise UserError(f"{source} is a folder. Give a JSONL file, or a hub data set (owner/name).")
-    fetched = not path.exists() and path.suffix not in (".jsonl", ".json") and hub.looks_like_id(source.split(":")[0])
+    fetched = not path.exists() and path.suffix not in FILES and hub.looks_like_id(source.split(":")[0])
     if not path.exists() and not fetched:
         raise UserError(f"there is no file {source}: give a JSONL file, or a hub data set (owner/name).")
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:

@@ -85,7 +85,8 @@ def load_voices(
     place = find_adapter(adapter) if adapter else None
     if place and base and base != base_of(place):
         raise UserError(
-            f"the adapter was trained on {base_of(place)}, not on {base}: on another base its answers are silently wrong."
+            f"the adapter was trained on {base_of(place)}, not on {base}, and on another base its answers are silently "
+            "wrong. If both are the same model, write that name into adapter_config.json."
         )
     model, tokenizer = models.load(base or (base_of(place) if place else None), dtype=dtype)
     if place is None:

@@ -3,6 +3,7 @@
 Work with every trainer that is a `transformers.Trainer` (SFT, DPO, KTO, reward).
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from finetune_lab.errors import UserError
 from finetune_lab.lab.finetune import runs
 
 OnStep = Callable[[int, float], None]
@@ -52,6 +54,17 @@ class Steps(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if logs and "loss" in logs and state.is_world_process_zero:
             self.on_step(state.global_step, logs["loss"])
+
+
+class Finite(TrainerCallback):
+    """Stops a run whose loss is no number any more, before its weights are written over good ones."""
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if logs and not math.isfinite(logs.get("loss", 0.0)):
+            raise UserError(
+                f"the loss is {logs['loss']} at step {state.global_step}: the run has broken. Use a lower lr, or bf16 "
+                "instead of fp16; then start with --fresh."
+            )
 
 
 class Complete(TrainerCallback):
