@@ -34,6 +34,7 @@ COMMANDS = {
     "data": ("finetune_lab.lab.data_cli", "check your own data before training on it"),
     "sft": ("finetune_lab.lab.sft_cli", "fine-tune a model on your own data: LoRA, DoRA, QLoRA or full"),
     "generate": ("finetune_lab.lab.generate_cli", "ask a model: base, adapter and merged side by side"),
+    "vram": ("finetune_lab.course.vram_cli", "how much GPU memory a fine-tuning run needs, line by line"),
     "drill": ("finetune_lab.course.drills.cli", "practise interview questions, or sit a mock interview"),
     "bench": ("finetune_lab.course.bench", "measure the course's claims on this machine"),
     "build": ("finetune_lab.course.build", "make the notebooks from the lesson sources (authors)"),
