@@ -17,7 +17,7 @@ from finetune_lab.methods.blockwise import Scales, double_quantize, restore_scal
 from finetune_lab.methods.codebooks import blocks, midpoints, nearest, nf4_code
 
 SMALLEST = 1e-38  # a block whose absmax is below is scaled by this: 1 / absmax must stay finite
-CHUNK = 2**19  # values worked on at a time: their buffers stay in the cache, and Python is called seldom
+CHUNK = 2**18  # values worked on at a time: their buffers stay in the cache, and Python is called seldom
 
 
 @dataclass(frozen=True)
@@ -121,17 +121,22 @@ def dequantize(q: Quantized, out: Tensor | None = None) -> Tensor:
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}: give a contiguous {q.dtype} of {tuple(q.shape)}")
     flat, n, scales = out.view(-1), out.numel(), q.scales
     pairs = _pairs(tuple(q.code.tolist())).to(out.device)
-    step = max(CHUNK // q.blocksize, 1) * q.blocksize
-    levels = torch.empty(min(step, n + n % 2), device=out.device)
+    step = max(2 * CHUNK // q.blocksize, 1) * q.blocksize
+    in_place = (
+        out.dtype == torch.float32 and n % 2 == 0 and out.storage_offset() % 2 == 0
+    )  # pairs fit into `out` itself
+    buffer = None if in_place else torch.empty(min(step, n + n % 2), device=out.device)
     for start in range(0, n, step):
         target = flat[start : start + step]
         index = q.packed[start // 2 :][: (len(target) + 1) // 2].int()
-        torch.index_select(pairs, 0, index, out=levels.view(torch.float64)[: len(index)])
-        blocks_here = scales[start // q.blocksize :][: -(-len(target) // q.blocksize)]
+        levels = target if in_place else buffer[: 2 * len(index)]
+        torch.index_select(pairs, 0, index, out=levels.view(torch.float64))
+        scale = scales[start // q.blocksize :][: -(-len(target) // q.blocksize)]
         full = len(target) // q.blocksize
-        levels[: full * q.blocksize].view(-1, q.blocksize).mul_(blocks_here[:full, None])
-        levels[full * q.blocksize : len(target)].mul_(blocks_here[-1])
-        target.copy_(levels[: len(target)])
+        levels[: full * q.blocksize].view(-1, q.blocksize).mul_(scale[:full, None])
+        levels[full * q.blocksize : len(target)].mul_(scale[-1])
+        if not in_place:
+            target.copy_(levels[: len(target)])
     return out
 
 
