@@ -4,7 +4,7 @@ What is saved, against the plain form: the update is added into the output in pl
 an activation; the backward pass keeps x, x A^T and, for DoRA, one more activation. DoRA's norm needs no (out, in)
 temporary, since ||W||^2 is known from the start:
     ||w + s b A||^2 = ||w||^2 + 2 s (w A^T) . b + s^2 (b A A^T) . b       for each row w of W0 and b of B.
-Floor of the time over the frozen layer's own: 1 + 3r/d for LoRA, r/2N more for DoRA (d wide, N tokens).
+What no code can avoid is in `lora_time_floor` and `dora_time_floor`.
 Leaves out: autocast, second derivatives. Dropout, quantised and trained bases take the plain form.
 In production: Unsloth's Triton kernels (LoRA only); peft runs the plain form.
 """
@@ -64,6 +64,19 @@ class FusedDoRALinear(DoRALinear):
         return self._square
 
 
+def lora_time_floor(width: int, r: int) -> float:
+    """Least time of LoRA over its frozen (width, width) layer, forward and backward: products with A and B, 1 + 3r/d.
+
+    The frozen layer makes two products of N d^2 multiplications (output, gradient of x), LoRA six thin ones of N d r.
+    """
+    return 1 + 6 * r / (2 * width)
+
+
+def dora_time_floor(width: int, r: int, tokens: int) -> float:
+    """Least time of DoRA over the frozen layer: LoRA's, and W A^T for the norm (r d^2), once a step: r / 2N more."""
+    return lora_time_floor(width, r) + r / (2 * tokens)
+
+
 def _fits(layer: LoRALinear, x: Tensor) -> bool:
     """Whether the hand-written pass computes this call: adapter on, no dropout, a float base that stays frozen."""
     if (
@@ -84,8 +97,8 @@ class _LoRA(torch.autograd.Function):
         a, b_t = _thin(x, A, B, s)
         y, down = F.linear(x, weight, bias), F.linear(x, a)  # (..., out), (..., r)
         y.view(-1, y.shape[-1]).addmm_(down.view(-1, len(a)), b_t)
-        ctx.save_for_backward(x, weight, a, b_t, down)
-        ctx.s, ctx.dtype = s, A.dtype
+        ctx.save_for_backward(x, weight, A, B, down)  # A and B are parameters: the thin copies are made again
+        ctx.s = s
         return y
 
     @staticmethod
@@ -109,8 +122,8 @@ class _DoRA(torch.autograd.Function):
         y, down = F.linear(x, weight), F.linear(x, a)
         y.view(-1, y.shape[-1]).addmm_(down.view(-1, len(a)), b_t)
         y.mul_(g)
-        ctx.save_for_backward(x, weight, a, b_t, down, y, g, m)
-        ctx.s, ctx.dtype = s, A.dtype
+        ctx.save_for_backward(x, weight, A, B, down, y, g, m)
+        ctx.s = s
         return y if bias is None else y + bias
 
     @staticmethod
@@ -129,13 +142,13 @@ def _thin(x: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
     return A.to(x.dtype), torch.mul(B.T, s, out=torch.empty(B.shape[::-1], dtype=x.dtype, device=B.device))
 
 
-def _backward(ctx, grad: Tensor, x: Tensor, weight: Tensor, a: Tensor, b_t: Tensor, down: Tensor):
+def _backward(ctx, grad: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, down: Tensor):
     """Gradients of x, A and B for grad (N, out) at x W^T + x A^T (s B)^T."""
-    r = len(a)
+    a, b_t = _thin(x, A, B, ctx.s)
     grad_down = F.linear(grad, b_t)  # (N, r)
-    grad_A = (grad_down.T @ x.reshape(-1, x.shape[-1])).to(ctx.dtype)
-    grad_B_t = down.view(-1, r).T @ grad  # (r, out): 5 times faster than grad.T @ down
-    grad_B = torch.mul(grad_B_t.T, ctx.s, out=torch.empty(grad.shape[1], r, dtype=ctx.dtype, device=grad.device))
+    grad_A = (grad_down.T @ x.reshape(-1, x.shape[-1])).to(A.dtype)
+    grad_B_t = down.view(-1, len(a)).T @ grad  # (r, out): 5 times faster than grad.T @ down
+    grad_B = torch.mul(grad_B_t.T, ctx.s, out=torch.empty_like(B))
     if not ctx.needs_input_grad[0]:
         return None, grad_A, grad_B
     grad_x = grad @ weight

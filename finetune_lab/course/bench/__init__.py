@@ -16,8 +16,13 @@ from finetune_lab.errors import UserError
 from finetune_lab.provenance import provenance
 
 BENCHES = {
+    "levers": "checkpointing, LoRA, DoRA and compile: bytes saved for work and time, on ten layers of SmolLM2-135M's shape",
+    "lora": "LoRA and DoRA: time and memory against peft and against the frozen layer alone",
     "loss": "loss at labelled positions only: speed and memory against full logits and TRL's fused head",
+    "lora_effects": "rank, alpha, rate, targets, LoRA+, DoRA, full fine-tuning: learning, forgetting, spectra, five seeds",
     "masking": "right labels against every token, and against masked ends of turn: what each teaches, five seeds",
+    "nf4": "NF4 against bitsandbytes on the CPU: speed, bits, errors of formats, block sizes and code books, faults",
+    "qlora": "QLoRA against LoRA, ways to merge, compute dtypes, and what a rounded base still knows, five seeds",
     "world": "the tiny model: what the base knows, what fine-tuning teaches it, what it forgets",
 }
 EVIDENCE = Path(__file__).parents[2] / "evidence"
