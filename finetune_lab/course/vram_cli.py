@@ -6,17 +6,16 @@ The figures come from `methods.memory.estimate`; this module only reads words an
 
 import argparse
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 from finetune_lab.course import vram_report as report
+from finetune_lab.course.vram_models import resolve
 from finetune_lab.errors import UserError
 from finetune_lab.methods.memory import Architecture, Ledger, Recipe, estimate, fit, from_config
-from finetune_lab.methods.memory.presets import GPUS, PRESETS, find, find_gpu
+from finetune_lab.methods.memory.presets import GPUS, PRESETS, find_gpu
 from finetune_lab.methods.memory.recipe import CHOICES
 
-TINY = Path(__file__).parents[1] / "lab" / "assets" / "tiny"
 EXAMPLES = """examples:
   finetune-lab vram llama-3.1-8b --method qlora --seq 2048 --gpu RTX-4090
   finetune-lab vram Qwen/Qwen3-0.6B --method full --optimizer adamw-8bit --checkpointing --plot bytes.png
@@ -79,60 +78,6 @@ def register(subparsers) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON; sizes in bytes")
     parser.add_argument("--list", action="store_true", help="the presets and the cards")
     parser.set_defaults(func=command)
-
-
-def resolve(name: str) -> Architecture:
-    """The architecture behind a name. Raises UserError, one sentence; never asks the network."""
-    if name == "tiny":
-        path = Path(os.environ.get("FINETUNE_LAB_TINY_DIR") or TINY)
-    else:
-        path = Path(name).expanduser()
-    if path.is_dir() or path.is_file():
-        return _read(path / "config.json" if path.is_dir() else path, name)
-    cached = _cached(name) if name.count("/") == 1 else None
-    if cached:
-        return _read(Path(cached), name)
-    preset = find(name)
-    if preset:
-        return from_config(PRESETS[preset], preset)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        raise UserError(
-            f"{name} is not on this machine, and this command asks no network: fetch its configuration with "
-            f"`hf download {name} config.json`, or give a preset (`finetune-lab vram --list`)."
-        )
-    raise UserError(
-        f"There is no model {name!r}: give tiny, a preset (`finetune-lab vram --list`), a folder with a config.json, "
-        "such a file, or a hub id (owner/name)."
-    )
-
-
-def _cached(repo: str) -> str | None:
-    """The config.json of a hub model in the local cache."""
-    import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = huggingface_hub.try_to_load_from_cache(repo, "config.json")
-    except HFValidationError:
-        return None
-    return found if isinstance(found, str) else None
-
-
-def _read(path: Path, name: str) -> Architecture:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if (path.parent / "adapter_config.json").is_file():
-            raise UserError(f"{name} is an adapter: give its base model, and the adapter with --method.") from None
-        raise UserError(f"{name} is not a model: the folder has no config.json.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} could not be read as JSON: {str(error).splitlines()[0]}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{name} holds no configuration: expected the fields of a transformers config.json.")
-    try:
-        return from_config(config, Path(name).parent.name if name.endswith(".json") else Path(name).name)
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from None
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:
