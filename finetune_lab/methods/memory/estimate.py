@@ -1,61 +1,143 @@
-"""From an architecture and a recipe to the ledger."""
+"""From an architecture and a recipe to the ledger: what stays, a dry run of one step, the optimizer's own moment.
+
+The dry run (`tape.py`, `model.py`) is done for two and three layers and continued as a straight line: every layer is
+equal, so each moment's bytes are linear in the number of layers (checked to the byte). Milliseconds for any model.
+The step is the second one, so that the optimizer's states are there: zero_grad(set_to_none), loss, backward, step.
+Proved on the CPU, storage by storage, against transformers + peft + bitsandbytes: see `finetune-lab bench vram`.
+Derived only: experts' activations, GaLore, paging, sharding, everything in `device` lines.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
 
 from finetune_lab.methods.memory.architecture import Architecture
 from finetune_lab.methods.memory.ledger import Ledger, Line
+from finetune_lab.methods.memory.model import Decoder
 from finetune_lab.methods.memory.recipe import DTYPES, Recipe
-from finetune_lab.methods.memory.states import TABLE, state_bytes, tensors, weight_bytes
+from finetune_lab.methods.memory.states import TABLE, Tensor, state_bytes, tensors, weight_bytes
+from finetune_lab.methods.memory.tape import Tape
+
+MOMENTS = {  # place on the tape -> moment in the ledger
+    "forward": "forward",
+    "loss": "loss",
+    "end of forward": "end of forward",
+    "backward of the head": "backward of the head",
+    "backward of the last layer": "backward of the last layer",
+    "backward of a layer": "backward of a layer between",
+    "backward of the first layer": "backward of the first layer",
+    "backward of the embedding": "backward of the embedding",
+    "end of backward": "end of backward",
+}
 
 
-def _kept(architecture: Architecture, recipe: Recipe) -> list[Line]:
-    found = tensors(architecture, recipe)
+def kept_lines(found: list[Tensor], recipe: Recipe) -> list[Line]:
+    """Weights, adapters, quantisation constants, gradients, master weights and optimizer states."""
     lines = []
-    for adapter, category in ((False, "weights"), (True, "adapters")):
-        for t in found:
-            if t.adapter == adapter:
-                stored, constants = weight_bytes(t, recipe)
-                why = f"{t.copies} x {' x '.join(map(str, t.shape))} x {'0.5' if t.quantised else t.size} bytes"
-                lines.append(Line(category, t.name, t.copies * stored, why))
-                if constants:
-                    lines.append(Line("quantisation state", t.name, t.copies * constants, "absmax of its blocks"))
-    if recipe.quantised and recipe.double_quant:
-        lines.append(Line("quantisation state", "table", TABLE, "256 levels x 4 bytes, once"))
     for t in found:
+        stored, constants = weight_bytes(t, recipe)
+        shape = " x ".join(str(n) for n in (t.copies, *t.shape))
+        lines.append(
+            Line("adapters" if t.adapter else "weights", t.name, t.copies * stored,
+                 f"{shape} x {'0.5' if t.quantised else t.size} bytes")
+        )  # fmt: skip
+        if constants:
+            why = f"{t.copies} x {constants}: scales of blocks of {recipe.quant_block}, and the 16 levels"
+            lines.append(Line("quantisation state", t.name, t.copies * constants, why))
         if t.trained:
-            lines.append(Line("gradients", t.name, t.copies * t.numel * t.size, f"{t.copies} x {t.numel} x {t.size}"))
-            lines.append(Line("optimizer", t.name, t.copies * state_bytes(t, recipe), recipe.optimizer))
+            count = t.copies * t.numel
+            lines.append(Line("gradients", t.name, count * t.size, f"{shape} x {t.size} bytes"))
             if recipe.master_weights and t.size == 2:
-                lines.append(Line("master weights", t.name, 4 * t.copies * t.numel, "4 bytes each"))
+                lines.append(Line("master weights", t.name, 4 * count, f"{shape} x 4 bytes"))
+            if state := state_bytes(t, recipe):
+                lines.append(Line("optimizer", t.name, t.copies * state, f"{t.copies} x {state}: {recipe.optimizer}"))
+    if recipe.quantised and recipe.double_quant:
+        lines.append(Line("quantisation state", "table", TABLE, "256 levels x 4 bytes, once for all tensors"))
     return lines
 
 
-def estimate(architecture: Architecture, recipe: Recipe) -> Ledger:
-    """First version: what stays is exact, activations are the closed form of MEASURED A4 for all families."""
-    lines = _kept(architecture, recipe)
-    total = {}
+def _dry_run(architecture: Architecture, recipe: Recipe, layers: int, device: str, traced: bool) -> dict[str, dict]:
+    """{moment: {kind: bytes}} of forward and backward with so many layers, beside what stays."""
+    tape = Tape(device, traced)
+    inputs = tape.new(2 * recipe.batch * recipe.seq, 8, "inputs")  # token ids and labels
+    tape.peaks.clear()
+    decoder = Decoder(tape, architecture, recipe, layers)
+    loss = decoder.loss()
+    tape.peaks["end of forward"] = (tape.now, dict(tape.alive))
+    tape.backward(loss)
+    del loss
+    tape.peaks["end of backward"] = (tape.now, dict(tape.alive))
+    del inputs
+    best: dict[str, tuple[int, dict]] = {}
+    for place, found in tape.peaks.items():
+        place = place.split("#")[0]
+        if place not in best or found[0] > best[place][0]:
+            best[place] = found
+    return {place: alive for place, (_, alive) in best.items()}
+
+
+@lru_cache(maxsize=512)
+def _step(architecture: Architecture, recipe: Recipe, device: str, traced: bool) -> tuple:
+    """((moment, {kind: bytes}), ...) of forward and backward for all layers of the model."""
+    layers = architecture.layers
+    if layers <= 3:
+        found = _dry_run(architecture, recipe, layers, device, traced)
+        return tuple((MOMENTS[place], found[place]) for place in MOMENTS if place in found)
+    two = _dry_run(architecture, recipe, 2, device, traced)
+    three = _dry_run(architecture, recipe, 3, device, traced)
+    two.setdefault("backward of a layer", three["backward of a layer"])
+    moments = []
+    for place, moment in MOMENTS.items():
+        low, high = two[place], three[place]
+        if place != "backward of a layer":  # it lies between the first and the last, which are shown in full
+            kinds = {k: low.get(k, 0) + (layers - 2) * (high.get(k, 0) - low.get(k, 0)) for k in high | low}
+            moments.append((moment, kinds))
+    return tuple(moments)
+
+
+def update_bytes(found: list[Tensor], recipe: Recipe) -> int:
+    """Temporaries of `optimizer.step()` at their fullest.
+
+    fused: none. foreach: one list as large as the second moments. loop: for each tensor the square root and the
+    quotient, while the last tensor's quotient is still a local variable (torch/optim/adam.py, _single_tensor_adam).
+    """
+    if recipe.optimizer == "adafactor":
+        largest = max((t.numel for t in found if t.trained), default=0)
+        return 2 * 4 * largest
+    if recipe.optimizer not in ("adamw", "galore-adamw") or recipe.update == "fused":
+        return 0
+    size = DTYPES[recipe.optimizer_dtype] if recipe.optimizer_dtype else 4 if recipe.master_weights else None
+    sizes = [t.numel * (size or t.size) for t in found if t.trained for _ in range(min(t.copies, 2))]
+    if recipe.update == "foreach":
+        return sum(t.copies * t.numel * (size or t.size) for t in found if t.trained)
+    return max((2 * now + before for before, now in zip([0, *sizes], sizes, strict=False)), default=0)
+
+
+def estimate(architecture: Architecture, recipe: Recipe, device: str = "cuda", traced: bool = False) -> Ledger:
+    """The ledger of one training step on one device.
+
+    device: "cuda", or "cpu" where kernels differ (dropout's mask). traced: as a dispatch-mode tracker counts, with
+    gradients added out of place and no buffers inside kernels (what the proof compares).
+    """
+    found = tensors(architecture, recipe)
+    lines = kept_lines(found, recipe)
+    stays: dict[str, int] = {}
     for line in lines:
-        total[line.category] = total.get(line.category, 0) + line.bytes
-    a, r, tokens = architecture, recipe.rank, recipe.batch * recipe.seq
-    own = DTYPES[recipe.dtype] / 2
-    per = (16 * a.hidden + 8 + 4 * a.query_width + 4 * a.kv_width + 4 * a.heads + 8 * a.intermediate) * own
-    if recipe.adapts:
-        fp32 = recipe.adapter_dtype == "fp32" and recipe.dtype != "fp32"
-        per += 12 * a.hidden + 2 * a.intermediate + 4 * a.query_width + 28 * r if fp32 else -4 * a.hidden + 14 * r
-    if recipe.attention == "eager":
-        per += 12 * a.heads * recipe.seq
-    kept = a.layers * 2 * a.hidden if recipe.checkpointing else a.layers * per
-    activations = int(tokens * (kept + 8 * a.hidden))
-    once = int(tokens * per) if recipe.checkpointing else 0
-    logits = int(tokens * a.vocab * (recipe.labelled if recipe.logits != "full" else 1))
-    lines += [Line("activations", "saved for backward", activations, f"{tokens} tokens x {a.layers} layers"),
-              Line("logits", "fp32 log-softmax", 4 * logits, f"{logits} x 4")]  # fmt: skip
-    stays = {k: v for k, v in total.items() if k not in ("gradients",)}
-    gradients = total.get("gradients", 0)
-    moments = (
-        ("after loading", dict(stays)),
-        ("end of forward", stays | {"activations": activations, "logits": 10 * logits}),
-        ("backward of the head", stays | {"activations": activations, "logits": 14 * logits}),
-        ("backward of a layer", stays | {"activations": activations, "temporaries": once, "gradients": gradients}),
-        ("optimizer step", stays | {"gradients": gradients}),
-    )
-    device = (Line("context", "CUDA context", 500_000_000, "stated, not proved: 0.3 to 0.6 GB by GPU and driver"),)
-    return Ledger(tuple(lines), moments, device)
+        if line.category != "gradients":
+            stays[line.category] = stays.get(line.category, 0) + line.bytes
+    moments = [("after loading", dict(stays))]
+    for moment, kinds in _step(architecture, replace(recipe, optimizer="sgd", update="fused"), device, traced):
+        alive = dict(stays)
+        for kind, size in kinds.items():
+            kind = "activations" if kind == "inputs" else kind
+            alive[kind] = alive.get(kind, 0) + size
+        moments.append((moment, alive))
+    step = dict(moments[-1][1])
+    step["temporaries"] = step.get("temporaries", 0) + update_bytes(found, recipe)
+    moments.append(("optimizer step", step))
+    end = dict(moments)["end of forward"]
+    tokens = recipe.batch * recipe.seq
+    for category in ("activations", "logits"):
+        why = f"alive at the end of forward: {tokens} tokens, {end.get(category, 0) / tokens:.0f} bytes each"
+        lines.append(Line(category, "saved for backward", end.get(category, 0), why))
+    device_lines = (Line("context", "CUDA context", 500_000_000, "stated, not proved: 0.3 to 0.6 GB by GPU and driver"),)
+    return Ledger(tuple(lines), tuple(moments), device_lines)

@@ -1,0 +1,236 @@
+"""A dry run of autograd: tensors that have a size and no data, so that bytes can be counted in microseconds.
+
+What: operations take and give `Value`s. A storage counts from its birth until Python's last reference to it is gone, as
+in torch; a `Node` keeps what its operation saves for backward; `backward` runs nodes in torch's order (the latest
+operation first), frees what a node saved when it has run, and adds up gradients of a value that was used twice.
+Formula: live bytes = sum over storages that are alive, by kind; a moment's figure is its largest sum.
+Leaves out: data, kernels' scratch space, the allocator.
+In production: torch.autograd (engine.cpp, input_buffer.cpp) under `torch.distributed._tools.MemTracker`.
+"""
+
+import heapq
+import sys
+from collections.abc import Callable
+
+ALONE = 2  # references to a storage that only one Value holds, as sys.getrefcount counts them
+
+
+class Storage:
+    """So many bytes of one kind, alive as long as this object."""
+
+    __slots__ = ("bytes", "kind", "tape")
+
+    def __init__(self, tape: "Tape", size: int, kind: str) -> None:
+        self.tape, self.bytes, self.kind = tape, size, kind
+        tape.count(kind, size)
+
+    def become(self, kind: str) -> None:
+        self.tape.alive[self.kind] -= self.bytes
+        self.tape.alive[kind] = self.tape.alive.get(kind, 0) + self.bytes
+        self.kind = kind
+
+    def __del__(self) -> None:
+        self.tape.now -= self.bytes
+        self.tape.alive[self.kind] -= self.bytes
+
+
+class Value:
+    """A tensor: `n` elements of `size` bytes in a storage (None: a parameter's, counted elsewhere).
+
+    `node` made it, as its result number `slot`.
+    """
+
+    __slots__ = ("n", "node", "size", "slot", "storage")
+
+    def __init__(self, storage: Storage | None, n: int, size: int, node: "Node | None" = None, slot: int = 0) -> None:
+        self.storage, self.n, self.size, self.node, self.slot = storage, n, size, node, slot
+
+
+class Node:
+    """What backward needs of one operation: where gradients go, what was saved, and the function that makes them."""
+
+    __slots__ = ("backward", "order", "parents", "place", "saved", "shapes", "slots", "uses")
+
+    def __init__(self, order: float, place: str, parents: list[Value], backward: Callable) -> None:
+        self.order, self.place, self.backward = order, place, backward
+        self.parents = [p.node for p in parents]
+        self.slots = [p.slot for p in parents]
+        self.shapes = [(p.n, p.size) for p in parents]
+        self.saved: list = []
+        self.uses = 0
+
+
+class Stop(Exception):
+    """Everything that backward needs of a checkpointed layer has been recomputed."""
+
+
+class Frame:
+    """One checkpointed call: its function and input, and how much it saved; recomputed when first asked."""
+
+    __slots__ = ("call", "count", "found", "given")
+
+    def __init__(self, call: Callable, given: tuple) -> None:
+        self.call, self.given, self.count, self.found = call, given, 0, None
+
+
+class Tape:
+    """Counts by kind (`alive`) and in all (`now`); `peaks`: place -> (bytes, {kind: bytes}) at the place's fullest.
+
+    device: "cuda" or "cpu", where their kernels differ. traced: what a dispatch-mode tracker sees. It does not see
+    buffers inside a kernel (`scratch`), and under it gradients are never added in place.
+    """
+
+    def __init__(self, device: str = "cuda", traced: bool = False) -> None:
+        self.device, self.in_place, self.scratch = device, not traced, not traced
+        self.now = 0
+        self.alive: dict[str, int] = {}
+        self.peaks: dict[str, tuple[int, dict[str, int]]] = {}
+        self.place = "forward"
+        self.order = 0
+        self.frame: Frame | None = None
+        self.again: Frame | None = None  # the frame that is being recomputed
+        self.moment = "forward"
+        self.gradients: list[Value] = []
+        self.held: list[Value] = []
+
+    def count(self, kind: str, size: int) -> None:
+        self.now += size
+        self.alive[kind] = self.alive.get(kind, 0) + size
+        best = self.peaks.get(self.moment)
+        if best is None or self.now > best[0]:
+            self.peaks[self.moment] = (self.now, dict(self.alive))
+
+    def new(self, n: int, size: int, kind: str = "temporaries") -> Value:
+        return Value(Storage(self, n * size, kind), n, size)
+
+    def parameter(self, n: int, size: int, trained: bool) -> Value:
+        """A weight: its own bytes are counted elsewhere, its gradient ends in `gradients` (torch: AccumulateGrad)."""
+        node = Node(float("inf"), self.place, [], Tape._accumulate) if trained else None
+        return Value(None, n, size, node)
+
+    def require_gradient(self, x: Value) -> None:
+        """`x.requires_grad_()` on a result that needs none: its gradient is kept until the graph is gone."""
+
+        def backward(tape, g, saved, wanted):
+            tape.held.append(g)
+            return []
+
+        x.node = x.node or Node(float("inf"), self.place, [], backward)
+
+    def _accumulate(self, gradient: Value, saved: list, wanted: list) -> list:
+        gradient.storage.become("gradients")
+        self.gradients.append(gradient)
+        return []
+
+    def keep(self, value: Value) -> object:
+        """What a node stores for a saved tensor: the tensor, or inside a checkpoint only its number."""
+        if self.again is not None:
+            found = self.again.found
+            found[len(found)] = Value(value.storage, value.n, value.size)
+            if len(found) == self.again.count:
+                raise Stop
+        elif self.frame is not None:
+            self.frame.count += 1
+            return (self.frame, self.frame.count - 1)
+        if value.storage is not None and value.storage.kind == "temporaries":
+            value.storage.become("activations")
+        return Value(value.storage, value.n, value.size)
+
+    def apply(
+        self,
+        parents: list[Value],
+        saves: list[Value],
+        backward: Callable,
+        n: int,
+        size: int,
+        *,
+        keep_result: bool = False,
+        kind: str = "temporaries",
+        view: Value | None = None,
+    ) -> Value:
+        """The result (n elements of `size` bytes) of an operation; backward(tape, gradient, saved, wanted) -> gradients.
+
+        view: the result shares this value's storage instead of having its own.
+        """
+        node = None
+        if any(p.node is not None for p in parents):
+            self.order += 1
+            node = Node(self.order, self.place, parents, backward)
+            for value in saves:
+                node.saved.append(self.keep(value))
+        out = Value(view.storage, n, size) if view is not None else self.new(n, size, kind)
+        if node is not None:
+            out.node = node
+            if keep_result:
+                node.saved.append(self.keep(out))
+        return out
+
+    def checkpoint(self, call: Callable, *given: object) -> Value:
+        """Run `call(*given)` and keep nothing but `given` (torch.utils.checkpoint, use_reentrant=False)."""
+        self.frame = Frame(call, given)
+        out = call(*given)
+        self.frame = None
+        return out
+
+    def _recall(self, saved: object) -> Value:
+        if isinstance(saved, Value):
+            return saved
+        frame, number = saved
+        if frame.found is None:
+            frame.found, self.again = {}, frame
+            try:
+                frame.call(*frame.given)
+            except Stop:
+                pass
+            self.again = None
+        return frame.found.pop(number)
+
+    def _add(self, old: Value, new: Value) -> Value:
+        if self.in_place and sys.getrefcount(old) <= ALONE + 1 and sys.getrefcount(old.storage) <= ALONE:
+            return old
+        return self.new(old.n, old.size, "gradients" if old.storage.kind == "gradients" else "temporaries")
+
+    def backward(self, loss: Value) -> None:
+        """Fill the gradients of all parameters that `loss` depends on."""
+        stack, seen = [loss.node], {id(loss.node)}
+        while stack:
+            for parent in stack.pop().parents:
+                if parent is not None:
+                    parent.uses += 1
+                    if id(parent) not in seen:
+                        seen.add(id(parent))
+                        stack.append(parent)
+        seed = self.new(1, loss.size)  # held by the caller until the end
+        buffers = {(id(loss.node), 0): seed}
+        ready = [(-loss.node.order, 0, loss.node)]
+        pushed = 0
+        while ready:
+            node = heapq.heappop(ready)[2]
+            self.moment = f"backward of {node.place}"
+            gradient = buffers.pop((id(node), 0), None)
+            if (id(node), 1) in buffers:
+                gradient = [gradient, buffers.pop((id(node), 1))]
+            saved = [self._recall(s) for s in node.saved]
+            gradients = node.backward(self, gradient, saved, [p is not None for p in node.parents])
+            for i, (n, size) in enumerate(node.shapes):  # torch: validate_outputs
+                if gradients[i] is not None:
+                    if gradients[i].n != n:
+                        gradients[i] = self.new(n, gradients[i].size)
+                    if gradients[i].size != size:
+                        gradients[i] = self.new(n, size)
+            node.saved, gradient, saved = [], None, None
+            for i, parent in enumerate(node.parents):
+                if parent is None:
+                    continue
+                given, gradients[i] = gradients[i], None
+                key = (id(parent), node.slots[i])
+                if key in buffers:
+                    buffers[key] = self._add(buffers.pop(key), given)
+                else:
+                    buffers[key] = given
+                given = None
+                parent.uses -= 1
+                if parent.uses == 0:
+                    pushed += 1
+                    heapq.heappush(ready, (-parent.order, pushed, parent))
+        self.held.clear()
