@@ -9,14 +9,16 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from finetune_lab.course import plots, vram_report
-from finetune_lab.methods.memory import CATEGORIES, Ledger, Recipe, estimate, from_config
+from finetune_lab.methods.memory import Ledger, Recipe, estimate, from_config
 from finetune_lab.methods.memory.presets import GPUS, PRESETS
 
 GREY = "#767676"
 _FACE = [plots.BLUE, plots.VERMILLION, plots.GREEN, plots.PURPLE, GREY]
 _HATCH = ["", "///", "...", "xxx", "\\\\\\"]
-# states first (cold colours at the bottom), then what a step makes
-LOOK = {name: (_FACE[n % 5], _HATCH[(n + n // 5) % 5]) for n, name in enumerate(CATEGORIES)}
+# from the bottom: what stands, then what comes and goes
+PILE = ("weights", "quantisation state", "reference model", "other models", "adapters", "master weights", "optimizer",
+        "gradients", "KV cache", "activations", "logits", "temporaries")  # fmt: skip
+LOOK = {name: (_FACE[n % 5], _HATCH[(n + n // 5) % 5]) for n, name in enumerate(PILE)}
 BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.9}
 SHOWN = 0.03  # a part smaller than this share of the tallest bar has no label of its own
 
@@ -26,7 +28,9 @@ def stack(ledgers: dict[str, Ledger], title: str, limit: tuple[str, int] | None 
     figure, ax = plots.axes(title, "", "GB at the peak", size=(6.4, 3.8))
     tallest = max(ledger.total_on_device for ledger in ledgers.values()) / 1e9
     for x, ledger in enumerate(ledgers.values()):
-        parts = [*ledger.categories().items(), ("CUDA context and allocator", ledger.total_on_device - ledger.peak)]
+        alive = ledger.categories()
+        parts = [(category, alive[category]) for category in PILE if category in alive]
+        parts.append(("CUDA context and allocator", ledger.total_on_device - ledger.peak))
         base, above = 0.0, -1.0
         for category, size in parts:
             colour, hatch = LOOK.get(category, (plots.BLACK, ""))
@@ -58,7 +62,7 @@ def timeline(ledger: Ledger, title: str, limit: tuple[str, int] | None = None) -
     base = [0.0] * len(xs)
     tallest = ledger.peak / 1e9
     with rc_context(plots.STYLE):
-        for category in CATEGORIES:
+        for category in PILE:
             values = [alive.get(category, 0) / 1e9 for _, alive in steps for _ in (0, 1)]
             if not any(values):
                 continue

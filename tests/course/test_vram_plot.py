@@ -37,7 +37,8 @@ def test_the_cards_line_is_drawn_and_named():
     assert any(text.get_text().startswith("T4") for text in ax.texts)
 
 
-def test_every_category_has_a_look_of_its_own():
+def test_every_category_has_a_place_and_a_look_of_its_own():
+    assert sorted(vram_plot.PILE) == sorted(CATEGORIES)
     assert len(set(vram_plot.LOOK.values())) == len(CATEGORIES)
 
 
