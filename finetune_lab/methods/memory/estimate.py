@@ -13,6 +13,8 @@ from functools import lru_cache
 from finetune_lab.methods.memory.architecture import Architecture
 from finetune_lab.methods.memory.ledger import Ledger, Line
 from finetune_lab.methods.memory.model import Decoder
+from finetune_lab.methods.memory.objectives import beside, reference_moments, rollout_moments, sequences
+from finetune_lab.methods.memory.ranks import on_one_rank
 from finetune_lab.methods.memory.recipe import DTYPES, Recipe
 from finetune_lab.methods.memory.states import TABLE, Tensor, state_bytes, tensors, weight_bytes
 from finetune_lab.methods.memory.tape import Tape
@@ -55,15 +57,18 @@ def kept_lines(found: list[Tensor], recipe: Recipe) -> list[Line]:
     return lines
 
 
-def _dry_run(architecture: Architecture, recipe: Recipe, layers: int, device: str, traced: bool) -> dict[str, dict]:
+def _dry_run(architecture: Architecture, recipe: Recipe, layers: int, device: str, traced: bool, frozen: bool) -> dict:
     """{moment: {kind: bytes}} of forward and backward with so many layers, beside what stays."""
+    batch = sequences(recipe)
     tape = Tape(device, traced)
-    inputs = tape.new(2 * recipe.batch * recipe.seq, 8, "inputs")  # token ids and labels
+    inputs = tape.new(2 * batch * recipe.seq, 8, "activations")  # token ids and labels
     tape.peaks.clear()
-    decoder = Decoder(tape, architecture, recipe, layers)
-    loss = decoder.loss()
+    loss = Decoder(tape, architecture, recipe, layers, batch, frozen).loss(
+        "sequences" if recipe.objective == "reward" else "tokens"
+    )
     tape.peaks["end of forward"] = (tape.now, dict(tape.alive))
-    tape.backward(loss)
+    if not frozen:
+        tape.backward(loss)
     del loss
     tape.peaks["end of backward"] = (tape.now, dict(tape.alive))
     del inputs
@@ -76,19 +81,18 @@ def _dry_run(architecture: Architecture, recipe: Recipe, layers: int, device: st
 
 
 @lru_cache(maxsize=512)
-def _step(architecture: Architecture, recipe: Recipe, device: str, traced: bool) -> tuple:
+def _step(architecture: Architecture, recipe: Recipe, device: str, traced: bool, frozen: bool = False) -> tuple:
     """((moment, {kind: bytes}), ...) of forward and backward for all layers of the model."""
     layers = architecture.layers
     if layers <= 3:
-        found = _dry_run(architecture, recipe, layers, device, traced)
+        found = _dry_run(architecture, recipe, layers, device, traced, frozen)
         return tuple((MOMENTS[place], found[place]) for place in MOMENTS if place in found)
-    two = _dry_run(architecture, recipe, 2, device, traced)
-    three = _dry_run(architecture, recipe, 3, device, traced)
-    two.setdefault("backward of a layer", three["backward of a layer"])
+    two = _dry_run(architecture, recipe, 2, device, traced, frozen)
+    three = _dry_run(architecture, recipe, 3, device, traced, frozen)
     moments = []
     for place, moment in MOMENTS.items():
-        low, high = two[place], three[place]
-        if place != "backward of a layer":  # it lies between the first and the last, which are shown in full
+        if place in three and place != "backward of a layer":  # a layer between is never fuller than both its ends
+            low, high = two[place], three[place]
             kinds = {k: low.get(k, 0) + (layers - 2) * (high.get(k, 0) - low.get(k, 0)) for k in high | low}
             moments.append((moment, kinds))
     return tuple(moments)
@@ -120,24 +124,52 @@ def estimate(architecture: Architecture, recipe: Recipe, device: str = "cuda", t
     """
     found = tensors(architecture, recipe)
     lines = kept_lines(found, recipe)
+    policy: dict[str, int] = {}
+    for line in lines:
+        policy[line.category] = policy.get(line.category, 0) + line.bytes
+    lines += beside(architecture, recipe, policy)
     stays: dict[str, int] = {}
     for line in lines:
         if line.category != "gradients":
             stays[line.category] = stays.get(line.category, 0) + line.bytes
+
+    plain = replace(recipe, optimizer="sgd", update="fused", ranks=1, sharding="none", offload="none")
+    step = dict(_step(architecture, plain, device, traced))
+
+    def frozen() -> dict[str, int]:
+        seen = dict(_step(architecture, replace(plain, checkpointing=False), device, traced, frozen=True))
+        return max(seen["forward"], seen["loss"], key=lambda alive: sum(alive.values()))
+
+    extra = rollout_moments(architecture, recipe)
+    for moment, kinds in step.items():
+        extra.append((moment, kinds))
+        if moment == "end of forward":
+            extra += reference_moments(recipe, kinds, frozen)
+    update = dict(step["end of backward"])
+    update["temporaries"] = update.get("temporaries", 0) + update_bytes(found, recipe)
+    extra.append(("optimizer step", update))
     moments = [("after loading", dict(stays))]
-    for moment, kinds in _step(architecture, replace(recipe, optimizer="sgd", update="fused"), device, traced):
-        alive = dict(stays)
-        for kind, size in kinds.items():
-            kind = "activations" if kind == "inputs" else kind
-            alive[kind] = alive.get(kind, 0) + size
-        moments.append((moment, alive))
-    step = dict(moments[-1][1])
-    step["temporaries"] = step.get("temporaries", 0) + update_bytes(found, recipe)
-    moments.append(("optimizer step", step))
-    end = dict(moments)["end of forward"]
-    tokens = recipe.batch * recipe.seq
+    moments += [(name, {k: stays.get(k, 0) + alive.get(k, 0) for k in stays | alive}) for name, alive in extra]
+    end, tokens = step["end of forward"], sequences(recipe) * recipe.seq
     for category in ("activations", "logits"):
-        why = f"alive at the end of forward: {tokens} tokens, {end.get(category, 0) / tokens:.0f} bytes each"
-        lines.append(Line(category, "saved for backward", end.get(category, 0), why))
-    device_lines = (Line("context", "CUDA context", 500_000_000, "stated, not proved: 0.3 to 0.6 GB by GPU and driver"),)
-    return Ledger(tuple(lines), tuple(moments), device_lines)
+        size = end.get(category, 0)
+        why = f"alive at the end of forward: {tokens} tokens, {size / tokens:.0f} bytes each"
+        lines.append(Line(category, "saved for backward", size, why))
+    ledger = Ledger(tuple(lines), tuple(moments))
+    ledger = on_one_rank(ledger, architecture, recipe)
+    return replace(ledger, device=device_lines(ledger, found))
+
+
+def device_lines(ledger: Ledger, found: list[Tensor]) -> tuple[Line, ...]:
+    """CUDA context and allocator, stated and not proved: no CPU has them.
+
+    The caching allocator rounds each block up to 512 bytes and keeps blocks that it cannot use again.
+    """
+    blocks = sum(t.copies * (1 + 3 * t.trained) for t in found)
+    return (
+        Line("context", "CUDA context and libraries", 500_000_000, "0.3 to 0.6 GB by GPU, driver and libraries"),
+        Line(
+            "fragmentation", "rounding to 512 bytes", 256 * blocks, f"{blocks} lasting tensors x 256 bytes on average"
+        ),
+        Line("fragmentation", "unusable cached blocks", ledger.peak // 50, "2 % of the peak, a rule of thumb"),
+    )

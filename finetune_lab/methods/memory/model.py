@@ -5,6 +5,7 @@ A local that a function still holds is memory, so the names and their scopes fol
 Leaves out: experts' activations, sliding-window masks, KV caches. Runs on `Value`s: bytes, no data.
 """
 
+from finetune_lab.methods.memory import heads
 from finetune_lab.methods.memory import operations as op
 from finetune_lab.methods.memory.adapters import adapted_linear
 from finetune_lab.methods.memory.architecture import Architecture
@@ -14,12 +15,17 @@ from finetune_lab.methods.memory.tape import Tape, Value
 
 
 class Decoder:
-    """A model of `layers` layers on a tape; call `loss()` and then `tape.backward(...)`."""
+    """A model of `layers` layers on a tape, `batch` sequences; call `loss()` and then `tape.backward(...)`.
 
-    def __init__(self, tape: Tape, architecture: Architecture, recipe: Recipe, layers: int) -> None:
+    frozen: nothing is trained and no gradient flows (a reference or reward model, `torch.no_grad`).
+    """
+
+    def __init__(
+        self, tape: Tape, architecture: Architecture, recipe: Recipe, layers: int, batch: int, frozen: bool = False
+    ) -> None:
         self.tape, self.a, self.r, self.layers = tape, architecture, recipe, layers
-        self.batch, self.seq = recipe.batch, recipe.seq
-        self.rows = recipe.batch * recipe.seq
+        self.batch, self.seq, self.frozen = batch, recipe.seq, frozen
+        self.rows = batch * recipe.seq
         self.full = not recipe.adapts
         self.base = DTYPES[recipe.dtype]
         self.rest = 4 if recipe.quantised and recipe.kbit_fp32 else self.base
@@ -30,7 +36,7 @@ class Decoder:
         """The parameter `name` of the current place, made when first asked for."""
         key = (self.tape.place, name)
         if key not in self.weights:
-            self.weights[key] = self.tape.parameter(n, size, trained)
+            self.weights[key] = self.tape.parameter(n, size, trained and not self.frozen)
         return self.weights[key]
 
     def norm(self, x: Value, name: str, width: int) -> Value:
@@ -160,7 +166,7 @@ class Decoder:
         embedded = op.embedding(tape, embedding, self.rows * a.hidden)
         if a.traits.gemma:  # times sqrt(hidden), a number in the weights' dtype
             embedded = op.scaled_by(tape, embedded)
-        if self.r.checkpointing:  # transformers' activation_checkpointing_enable
+        if self.r.checkpointing and not self.frozen:  # transformers' activation_checkpointing_enable
             tape.require_gradient(embedded)
         positions = tape.new(self.seq, 8)
         mask = other = None
@@ -170,7 +176,9 @@ class Decoder:
         cos, sin = (tape.new(self.seq * a.rotary_dim, self.rest) for _ in range(2))
         x = embedded
         for number in range(self.layers):
-            tape.place = "the first layer" if number == 0 else "the last layer" if number == self.layers - 1 else "a layer"
+            tape.place = (
+                "the first layer" if number == 0 else "the last layer" if number == self.layers - 1 else "a layer"
+            )
             tape.place += f"#{number}"
             if self.r.checkpointing:
                 x = tape.checkpoint(self.placed, x, tape.place, positions, cos, sin, mask)
@@ -186,34 +194,18 @@ class Decoder:
         self.tape.place = place
         return self.layer(x, cos, sin, mask)
 
-    def loss(self) -> Value:
-        """The mean cross-entropy of `ForCausalLMLoss`: fp32 copy of the logits, log-softmax saved."""
+    def loss(self, scored: str = "tokens") -> Value:
+        """The loss: `scored` "tokens" (cross-entropy) or "sequences" (one number for each position: a reward model)."""
         tape, a = self.tape, self.a
         x = self.backbone()
+        if scored == "sequences":
+            score = self.weight("score", a.hidden, self.rest, True)
+            return op.mean(tape, op.to(tape, op.linear(tape, x, score, self.rows), 4), 1)
         if a.tied:
             weight = self.weights[("the embedding", "embed_tokens")]
         else:
             weight = self.weight("lm_head", a.vocab * a.hidden, self.rest, self.full)
-        logits = op.linear(tape, x, weight, self.rows, kind="logits")
-        if a.final_softcap:
-            logits = op.scale(tape, logits, "logits")
-            logits = op.tanh(tape, logits, "logits")
-            logits = op.scale(tape, logits, "logits")
-        tape.moment = "loss"
-        return self.cross_entropy(logits)
-
-    def cross_entropy(self, given: Value) -> Value:
-        tape = self.tape
-        logits = op.to(tape, given, 4)
-        padded = tape.new(self.rows + self.batch, 8)
-        labels = tape.new(self.rows, 8) if self.batch > 1 else padded  # one row without its first place is contiguous
-        logp = tape.apply([logits], [], op._fresh, logits.n, 4, keep_result=True, kind="logits")
-        weight = tape.new(1, 4)
-
-        def backward(tape, g, saved, wanted):
-            return [tape.new(n, 4, "logits")]
-
-        n = logp.n
-        loss = tape.apply([logp], [logp, labels, weight], backward, 1, 4)
-        del padded
-        return loss
+        if self.r.logits == "full":
+            return heads.full(self, x, weight)
+        rows = max(round(self.r.labelled * self.batch * (self.seq - 1)), 1)
+        return (heads.labelled if self.r.logits == "labelled" else heads.chunked)(self, x, weight, rows)

@@ -8,15 +8,15 @@ Checked against the operations that a dispatch-mode tracker sees, one by one. `r
 from finetune_lab.methods.memory.tape import Tape, Value
 
 
-def _pass(tape: Tape, g: Value, saved: list, wanted: list) -> list:
+def same(tape: Tape, g: Value, saved: list, wanted: list) -> list:
     return [g if w else None for w in wanted]
 
 
-def _fresh(tape: Tape, g: Value, saved: list, wanted: list) -> list:
-    return [tape.new(g.n, g.size, _kind(g)) if w else None for w in wanted]
+def fresh(tape: Tape, g: Value, saved: list, wanted: list) -> list:
+    return [tape.new(g.n, g.size, kind_of(g)) if w else None for w in wanted]
 
 
-def _kind(g: Value) -> str:
+def kind_of(g: Value) -> str:
     return "logits" if g.storage.kind == "logits" else "temporaries"
 
 
@@ -26,7 +26,7 @@ def to(tape: Tape, x: Value, size: int) -> Value:
         return x
 
     def backward(tape, g, saved, wanted):
-        return [tape.new(g.n, x_size, _kind(g))]
+        return [tape.new(g.n, x_size, kind_of(g))]
 
     x_size, kind = x.size, "logits" if x.storage is not None and x.storage.kind == "logits" else "temporaries"
     return tape.apply([x], [], backward, x.n, size, kind=kind)
@@ -34,7 +34,7 @@ def to(tape: Tape, x: Value, size: int) -> Value:
 
 def add(tape: Tape, a: Value, b: Value) -> Value:
     """a + b with broadcasting and the wider dtype; saves nothing, both gradients are the incoming one."""
-    return tape.apply([a, b], [], _pass, max(a.n, b.n), max(a.size, b.size))
+    return tape.apply([a, b], [], same, max(a.n, b.n), max(a.size, b.size))
 
 
 def mul(tape: Tape, a: Value, b: Value) -> Value:
@@ -49,36 +49,36 @@ def mul(tape: Tape, a: Value, b: Value) -> Value:
 
 def divide(tape: Tape, a: Value, b: Value) -> Value:
     """a / b where b needs no gradient: saves b."""
-    return tape.apply([a], [b], _fresh, a.n, a.size)
+    return tape.apply([a], [b], fresh, a.n, a.size)
 
 
 def scale(tape: Tape, x: Value, kind: str = "temporaries") -> Value:
     """x times or divided by a number."""
-    return tape.apply([x], [], _fresh, x.n, x.size, kind=kind)
+    return tape.apply([x], [], fresh, x.n, x.size, kind=kind)
 
 
 def scaled_by(tape: Tape, x: Value) -> Value:
     """x times a model's buffer of one number, which is saved."""
-    return tape.apply([x], [Value(None, 1, x.size)], _fresh, x.n, x.size)
+    return tape.apply([x], [Value(None, 1, x.size)], fresh, x.n, x.size)
 
 
 def negate(tape: Tape, x: Value) -> Value:
-    return tape.apply([x], [], _fresh, x.n, x.size)
+    return tape.apply([x], [], fresh, x.n, x.size)
 
 
 def shift(tape: Tape, x: Value) -> Value:
     """x plus a number."""
-    return tape.apply([x], [], _pass, x.n, x.size)
+    return tape.apply([x], [], same, x.n, x.size)
 
 
 def copy(tape: Tape, x: Value) -> Value:
     """`clone` or `contiguous`: a new storage forward, the same gradient back."""
-    return tape.apply([x], [], _pass, x.n, x.size)
+    return tape.apply([x], [], same, x.n, x.size)
 
 
 def regrouped(tape: Tape, x: Value) -> Value:
     """A view whose gradient comes back in another memory order and must be copied (transpose, then view)."""
-    return tape.apply([x], [], _fresh, x.n, x.size, view=x)
+    return tape.apply([x], [], fresh, x.n, x.size, view=x)
 
 
 def linear(tape: Tape, x: Value, weight: Value, rows: int, bias: Value | None = None, kind="temporaries") -> Value:
@@ -132,11 +132,11 @@ def rsqrt(tape: Tape, x: Value) -> Value:
 
 def activation(tape: Tape, x: Value) -> Value:
     """SiLU, GELU: saves its input. Tanh saves its result and costs the same bytes."""
-    return tape.apply([x], [x], _fresh, x.n, x.size)
+    return tape.apply([x], [x], fresh, x.n, x.size)
 
 
 def tanh(tape: Tape, x: Value, kind: str = "temporaries") -> Value:
-    return tape.apply([x], [], _fresh, x.n, x.size, keep_result=True, kind=kind)
+    return tape.apply([x], [], fresh, x.n, x.size, keep_result=True, kind=kind)
 
 
 def dropout(tape: Tape, x: Value, share: float) -> Value:
@@ -145,7 +145,7 @@ def dropout(tape: Tape, x: Value, share: float) -> Value:
         return x
 
     mask = tape.new(x.n, 1 if tape.device == "cuda" else x.size)
-    return tape.apply([x], [mask], _fresh, x.n, x.size)
+    return tape.apply([x], [mask], fresh, x.n, x.size)
 
 
 def part(tape: Tape, x: Value, n: int) -> Value:
@@ -202,7 +202,7 @@ def repeat(tape: Tape, x: Value, times: int) -> Value:
 
 def softmax(tape: Tape, x: Value, size: int) -> Value:
     """`softmax(x, dtype=...)`: the cast lives during the call; saves its result."""
-    return tape.apply([cast := to(tape, x, size)], [], _fresh, cast.n, size, keep_result=True)
+    return tape.apply([cast := to(tape, x, size)], [], fresh, cast.n, size, keep_result=True)
 
 
 def attention(tape: Tape, q: Value, k: Value, v: Value, scores: int) -> Value:

@@ -34,7 +34,7 @@ CHOICES = {
     "offload": ("none", "optimizer", "all"),
 }
 AT_LEAST = {"rank": 1, "batch": 1, "seq": 1, "ranks": 1, "generations": 1, "completion": 1, "quant_block": 1}
-AT_LEAST |= {"galore_rank": 1, "chunk": 1}
+AT_LEAST |= {"galore_rank": 1}
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,16 @@ class Recipe:
     autocast: bool = False  # fp32 weights, 16-bit matrix products
     optimizer: str = "adamw"
     optimizer_dtype: str | None = None  # of the states; None: as the parameter (torch.optim.AdamW)
-    update: str = "fused"  # transformers.Trainer's default; "foreach": torch's on CUDA; "loop": one tensor after another
+    update: str = (
+        "fused"  # transformers.Trainer's default; "foreach": torch's on CUDA; "loop": one tensor after another
+    )
     galore_rank: int = 128
     batch: int = 1
     seq: int = 512
     checkpointing: bool = False  # of every layer
     attention: str = "sdpa"
-    logits: str = "full"
+    logits: str = "full"  # at every position; "labelled", "chunked": `methods.loss`, only where `labelled`
     labelled: float = 1.0
-    chunk: int = 256  # positions at a time with logits="chunked"
     quant_block: int = 64
     double_quant: bool = True
     kbit_fp32: bool = True  # peft's prepare_model_for_kbit_training: what stays unquantised becomes fp32
