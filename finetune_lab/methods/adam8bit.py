@@ -19,6 +19,11 @@ from finetune_lab.methods.blockwise import dequantize_blockwise, quantize_blockw
 SMALL = 4096
 
 
+def moment_bytes(parameters: int) -> int:
+    """Bytes of both moments of one parameter tensor: a byte each and two fp32 scales a block of 256; fp32 when small."""
+    return 8 * parameters if parameters < SMALL else 2 * parameters + 8 * -(-parameters // 256)
+
+
 class AdamW8bit(torch.optim.Optimizer):
     """Block-wise 8-bit AdamW. Equal to bitsandbytes' CPU build to the bit in states and parameters.
 

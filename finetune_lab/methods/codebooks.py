@@ -6,6 +6,8 @@ above one half, and 0. Leaves out: codes that depend on the block size (AF4, arX
 In production: `bitsandbytes.functional.get_4bit_type`, `create_normal_map`, `create_dynamic_map`.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,6 +51,11 @@ def int_code(bits: int) -> Tensor:
     """Symmetric integers -m..m over m, m = 2^(bits-1) - 1: the levels of "absmax" INT4 (15) and INT8 (255)."""
     m = 2 ** (bits - 1) - 1
     return torch.arange(-m, m + 1) / m
+
+
+def int_rounding_rms(absmax: float, bits: int) -> float:
+    """Root mean square error of rounding to `int_code(bits)` times absmax: step / sqrt(12), for values spread evenly."""
+    return absmax / (2 ** (bits - 1) - 1) / math.sqrt(12)
 
 
 def dynamic_code(signed: bool = True) -> Tensor:

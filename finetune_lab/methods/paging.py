@@ -105,3 +105,9 @@ def simulate(
         fits = fixed + state + activations <= capacity
         steps.append(Step(length, faults, evictions, (faults + evictions) * page, fits))
     return steps
+
+
+def spike_traffic(length: int, *, capacity: int, fixed: int, state: int, bytes_per_token: int, page: int = PAGE) -> int:
+    """Bytes that one step of this length moves between host and device, both ways; arguments as in `simulate`."""
+    sizes = {"capacity": capacity, "fixed": fixed, "state": state, "bytes_per_token": bytes_per_token, "page": page}
+    return simulate([length], **sizes)[0].moved

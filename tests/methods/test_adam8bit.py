@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune_lab.methods.adam8bit import AdamW8bit
+from finetune_lab.methods.adam8bit import AdamW8bit, moment_bytes
 
 
 def train(optimizer_class, steps=200, resume_at=None):
@@ -37,7 +37,7 @@ def test_it_ends_where_adamw_ends():
 def test_states_take_two_bytes_and_scales_instead_of_eight():
     _, ours = train(AdamW8bit, steps=1)
     n = 64 * 96
-    assert ours.state_bytes() == 2 * n + 2 * 4 * n // 256
+    assert ours.state_bytes() == 2 * n + 2 * 4 * n // 256 == moment_bytes(n)
     _, full = train(torch.optim.AdamW, steps=1)
     assert sum(v.nbytes for s in full.state.values() for v in s.values()) == 8 * n + 4  # and a step counter
 
@@ -65,7 +65,7 @@ def test_small_parameters_keep_fp32_moments():
     p.grad = torch.randn(4095)
     optimizer = AdamW8bit([p])
     optimizer.step()
-    assert optimizer.state[p]["m"].dtype == torch.float32 and optimizer.state_bytes() == 8 * 4095
+    assert optimizer.state[p]["m"].dtype == torch.float32 and optimizer.state_bytes() == 8 * 4095 == moment_bytes(4095)
 
 
 def test_parameters_without_a_gradient_are_left_alone():

@@ -12,6 +12,7 @@ from finetune_lab.methods.codebooks import (
     dynamic_code,
     fp4_code,
     int_code,
+    int_rounding_rms,
     lloyd_max,
     midpoints,
     nearest,
@@ -53,6 +54,13 @@ def test_the_formula_of_many_notes_is_symmetric_and_has_no_zero():
 def test_fp4_has_fifteen_levels_and_int4_too():
     assert len(fp4_code().unique()) == 15 and len(int_code(4)) == 15 and len(int_code(8)) == 255
     assert fp4_code().abs().max() == 1 and int_code(4).abs().max() == 1
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_even_values_rounded_to_integers_miss_by_a_twelfth_of_the_squared_step(bits):
+    w = torch.linspace(-0.3, 0.3, 100_001)
+    rms = (round_trip(w, int_code(bits), len(w)) - w).square().mean().sqrt().item()
+    assert rms == pytest.approx(int_rounding_rms(0.3, bits), rel=1e-2)
 
 
 def test_the_dynamic_code_spans_seven_decades_and_its_most_negative_level_is_not_minus_one():

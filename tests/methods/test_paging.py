@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_lab.methods.paging import PagedMemory, simulate
+from finetune_lab.methods.paging import PagedMemory, simulate, spike_traffic
 
 SIZES = {"capacity": 240, "fixed": 120, "state": 80, "bytes_per_token": 1, "page": 10}
 
@@ -17,6 +17,7 @@ def test_a_spike_moves_as_many_pages_out_as_it_lacks_and_the_optimizer_brings_th
     before, spike, after = simulate([40, 75, 40], **SIZES)
     assert (spike.evictions, spike.faults, spike.moved, spike.fits) == (4, 4, 80, False)  # 35 bytes short: 4 pages
     assert (before.moved, after.moved) == (0, 0)
+    assert spike_traffic(75, **SIZES) == spike.moved
 
 
 def test_states_that_never_fit_beside_the_rest_fault_all_of_them_at_every_step():
