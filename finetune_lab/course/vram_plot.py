@@ -13,12 +13,21 @@ from finetune_lab.methods.memory import Ledger, Recipe, estimate, from_config
 from finetune_lab.methods.memory.presets import GPUS, PRESETS
 
 GREY = "#767676"
-_FACE = [plots.BLUE, plots.VERMILLION, plots.GREEN, plots.PURPLE, GREY]
-_HATCH = ["", "///", "...", "xxx", "\\\\\\"]
-# from the bottom: what stands, then what comes and goes
-PILE = ("weights", "quantisation state", "reference model", "other models", "adapters", "master weights", "optimizer",
-        "gradients", "KV cache", "activations", "logits", "temporaries")  # fmt: skip
-LOOK = {name: (_FACE[n % 5], _HATCH[(n + n // 5) % 5]) for n, name in enumerate(PILE)}
+# from the bottom, what stands, then what comes and goes: (edge, hatch), no pair twice
+LOOK = {
+    "weights": (plots.BLUE, ""),
+    "quantisation state": (plots.PURPLE, "///"),
+    "reference model": (GREY, "..."),
+    "other models": (GREY, "xxx"),
+    "adapters": (plots.GREEN, "\\\\\\"),
+    "master weights": (plots.PURPLE, "..."),
+    "optimizer": (plots.BLUE, "///"),
+    "gradients": (plots.PURPLE, "xxx"),
+    "KV cache": (GREY, "\\\\\\"),
+    "activations": (plots.VERMILLION, "..."),
+    "logits": (plots.GREEN, "xxx"),
+    "temporaries": (GREY, "///"),
+}
 BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.9}
 SHOWN = 0.03  # a part smaller than this share of the tallest bar has no label of its own
 
@@ -29,7 +38,7 @@ def stack(ledgers: dict[str, Ledger], title: str, limit: tuple[str, int] | None 
     tallest = max(ledger.total_on_device for ledger in ledgers.values()) / 1e9
     for x, ledger in enumerate(ledgers.values()):
         alive = ledger.categories()
-        parts = [(category, alive[category]) for category in PILE if category in alive]
+        parts = [(category, alive[category]) for category in LOOK if category in alive]
         parts.append(("CUDA context and allocator", ledger.total_on_device - ledger.peak))
         base, above = 0.0, -1.0
         for category, size in parts:
@@ -62,12 +71,11 @@ def timeline(ledger: Ledger, title: str, limit: tuple[str, int] | None = None) -
     base = [0.0] * len(xs)
     tallest = ledger.peak / 1e9
     with rc_context(plots.STYLE):
-        for category in PILE:
+        for category, (colour, hatch) in LOOK.items():
             values = [alive.get(category, 0) / 1e9 for _, alive in steps for _ in (0, 1)]
             if not any(values):
                 continue
             top = [low + value for low, value in zip(base, values, strict=True)]
-            colour, hatch = LOOK[category]
             ax.fill_between(xs, base, top, facecolor="white", edgecolor=colour, hatch=hatch, linewidth=0.8)
             thick = max(range(len(xs)), key=lambda n: values[n])
             if values[thick] > 0.04 * tallest:

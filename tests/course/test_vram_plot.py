@@ -38,7 +38,7 @@ def test_the_cards_line_is_drawn_and_named():
 
 
 def test_every_category_has_a_place_and_a_look_of_its_own():
-    assert sorted(vram_plot.PILE) == sorted(CATEGORIES)
+    assert sorted(vram_plot.LOOK) == sorted(CATEGORIES)
     assert len(set(vram_plot.LOOK.values())) == len(CATEGORIES)
 
 

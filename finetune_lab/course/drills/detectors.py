@@ -8,6 +8,7 @@ Every detector first asks whether the snippet still trains: the shipped ones all
 import copy
 import functools
 import math
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -288,3 +289,27 @@ def anchor_holds(namespace: dict) -> str | None:
         moved[strength] = (model.weight - start).norm().item()
     share = moved[5.0] / moved[0.0]
     return None if share < 0.5 else f"with the penalty the weights move {share:.0%} as far as without: it does nothing"
+
+
+@detector
+def graphs_released(namespace: dict) -> str | None:
+    """What one held-out batch keeps for backward is gone when the next one is scored, and the score is their mean."""
+    model, alive, counts = TinyLM(), weakref.WeakSet(), []
+    rows = (torch.arange(9) + torch.arange(12)[:, None]) % 12
+    batches = rows[1::2].split(2)
+
+    class Kept:  # what autograd holds instead of a saved tensor
+        def __init__(self, tensor: Tensor):
+            self.tensor = tensor.detach()  # with its history it would hold the graph that holds it
+            alive.add(self)
+
+    model.register_forward_pre_hook(lambda *_: counts.append(len(alive)))
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        losses, score = namespace["run"](model, rows[::2], batches)
+    if trouble := trains(losses):
+        return trouble
+    if counts[-1]:
+        return f"when the last batch is scored, {counts[-1]} tensors of the earlier ones still wait for a backward pass"
+    mean = sum(model(batch, labels=batch).loss.item() for batch in batches) / len(batches)
+    score = torch.as_tensor(score).item()
+    return None if abs(score - mean) < 1e-5 else f"the mean over the batches is {mean:.4f}, the function says {score:.4f}"
