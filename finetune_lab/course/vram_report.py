@@ -9,7 +9,7 @@ import textwrap
 from dataclasses import asdict
 
 from finetune_lab.errors import UserError
-from finetune_lab.methods.memory import Architecture, Ledger, Recipe
+from finetune_lab.methods.memory import Architecture, Ledger, Line, Recipe
 from finetune_lab.methods.memory.fit import Saving
 from finetune_lab.methods.memory.presets import GIB
 
@@ -56,25 +56,30 @@ def headline(architecture: Architecture, recipe: Recipe) -> str:
 def table(ledger: Ledger, every: bool = False) -> str:
     """The lines under their categories, the largest first; a category's own row says what of it is alive at the peak."""
     at_peak, rows = ledger.categories(), []
-    names = list(dict.fromkeys([*at_peak, *(line.category for line in ledger.lines)]))
-    for category in names:
-        lines = sorted((line for line in ledger.lines if line.category == category), key=lambda line: -line.bytes)
-        total = sum(line.bytes for line in lines)
-        if not total and not at_peak.get(category):
-            continue
-        rows.append((category, gb(total) if lines else "", gb(at_peak.get(category, 0)), ""))
-        shown = [line for line in lines if line.bytes and (every or line.bytes >= SMALL * ledger.peak)]
-        rows += [(f"  {line.name}", gb(line.bytes), "", line.why) for line in shown]
-        rest = [line.bytes for line in lines if line not in shown and line.bytes]
-        if rest:
-            rows.append((f"  {len(rest)} smaller lines" if shown else "  in small lines", gb(sum(rest)), "", ""))
+    for category in dict.fromkeys([*at_peak, *(line.category for line in ledger.lines)]):
+        lines = [line for line in ledger.lines if line.category == category]
+        rows += _group(category, lines, gb(at_peak.get(category, 0)), ledger.peak, every)
     rows.append(("peak", "", gb(ledger.peak), ledger.peak_moment))
-    rows += [(line.category, "", gb(line.bytes), line.why) for line in ledger.device]
+    rows += [(line.name, "", gb(line.bytes), line.why) for line in ledger.device]
     rows.append(("on the device", "", gb(ledger.total_on_device), ""))
-    rows += [(f"in the host's memory: {line.name}", gb(line.bytes), "", line.why) for line in ledger.host]
+    rows += _group("in the host's memory", list(ledger.host), "", ledger.peak, every)
     wide = max(len(row[0]) for row in rows)
     head = f"{'':{wide}}{'size':>12}{'at the peak':>13}  why"
     return "\n".join([head, *(f"{a:{wide}}{b:>12}{c:>13}  {d}".rstrip() for a, b, c, d in rows)])
+
+
+def _group(name: str, lines: list[Line], at_peak: str, peak: int, every: bool) -> list[tuple[str, str, str, str]]:
+    """A row of its own for the category, then its lines; those below SMALL of the peak in one row."""
+    lines = sorted((line for line in lines if line.bytes), key=lambda line: -line.bytes)
+    if not lines and at_peak in ("", gb(0)):
+        return []
+    shown = [line for line in lines if every or line.bytes >= SMALL * peak]
+    rest = sum(line.bytes for line in lines[len(shown) :])
+    rows = [(name, gb(sum(line.bytes for line in lines)) if lines else "", at_peak, "")]
+    rows += [(f"  {line.name}", gb(line.bytes), "", line.why) for line in shown]
+    if rest:
+        rows.append((f"  {len(lines) - len(shown)} smaller lines" if shown else "  in small lines", gb(rest), "", ""))
+    return rows
 
 
 def moments(ledger: Ledger, most: int = 12) -> str:
