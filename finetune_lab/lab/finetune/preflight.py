@@ -82,12 +82,18 @@ def inspect(recipe: SftRecipe) -> Preflight:
     need = memory.estimated(recipe, models.locate(recipe.model), longest, cuda)
     free = memory.free_bytes(cuda)
     end = encode.turn_end(tokenizer)
+    if train:
+        total = steps_of(recipe, train)
+        recipe = replace(recipe, save_every=recipe.save_every or math.ceil(total / 10))
+    else:
+        total = 0
     findings = [
         silent.no_labelled_token(encoded),
         silent.end_of_turn_not_in_loss(encoded, end),
         silent.answer_cut_off(encoded, recipe.max_length),
         silent.double_bos(encoded, tokenizer.bos_token_id),
         silent.rate_out_of_range(recipe.method, recipe.lr, parameters),
+        silent.warmup_too_long(recipe.warmup, total) if train else None,
         silent.same_in_both(list(map(sources.prompt_key, rows.train)), list(map(sources.prompt_key, scored))),
         silent.no_generation_marks(tokenizer, recipe.loss),
         silent.pad_is_eos(tokenizer, end),
@@ -95,11 +101,6 @@ def inspect(recipe: SftRecipe) -> Preflight:
         silent.nothing_held_out(len(rows.valid)),
         memory.too_little(need, free),
     ]
-    if train:
-        total = steps_of(recipe, train)
-        recipe = replace(recipe, save_every=recipe.save_every or math.ceil(total / 10))
-    else:
-        total = 0
     order = {"error": 0, "warning": 1, "note": 2}
     return Preflight(
         recipe, parameters, rows, train, valid, scored, total, need, free,

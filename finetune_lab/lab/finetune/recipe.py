@@ -63,7 +63,7 @@ class Recipe:
     epochs: float | None = setting(None, "number", "passes over the data, instead of steps (default: 3)", above=0)
     batch_size: int | None = setting(None, "count", "sequences in one forward pass of one process", least=1)
     accumulation: int = setting(1, "count", "forward passes that add up to one optimizer step", least=1)
-    warmup: float = setting(10.0, "number", "warm-up: steps, or below 1 a share of all steps", least=0)
+    warmup: float = setting(0.1, "number", "warm-up: steps, or below 1 a share of all steps", least=0)
     schedule: str = setting(
         "linear", "text", "how the rate falls after the warm-up",
         choices=("linear", "cosine", "constant_with_warmup"),

@@ -27,7 +27,7 @@ def build(
     """The report as plain values. before, after: scores; log: the trainer's; bill: seconds, bytes; made: provenance."""
     loss = [[row["step"], row["loss"]] for row in log if "loss" in row]
     held_out = [[row["step"], row["eval_loss"]] for row in log if "eval_loss" in row]
-    tail = [value for _, value in loss[-10:]]
+    tail = [value for _, value in loss[-min(10, len(loss) // 10 + 1) :]]  # the last tenth, as single steps jump
     return {
         **found.as_dict(),
         "before": before, "after": after, "samples": samples, "result": result,

@@ -117,6 +117,18 @@ def rate_out_of_range(method: str, lr: float, parameters: int) -> Finding | None
     )  # fmt: skip
 
 
+def warmup_too_long(warmup: float, steps: int) -> Finding | None:
+    """A warm-up of a fixed number of steps that fills a short run: the full rate is hardly reached."""
+    share = warmup if warmup < 1 else warmup / max(steps, 1)
+    if share <= 0.5:
+        return None
+    return Finding(
+        "warm-up too long", "warning",
+        f"the warm-up takes {min(share, 1):.0%} of the {steps} steps, so the full learning rate comes late or never.",
+        "Give a share, such as warmup: 0.1.",
+    )  # fmt: skip
+
+
 def same_in_both(train: Sequence[str], valid: Sequence[str]) -> Finding | None:
     """Prompts (as text) that stand in training and validation: the score then measures memory."""
     both = len(set(train) & set(valid))

@@ -1,6 +1,7 @@
 """Claims about recipes: numbers are read from text, every bad value is one sentence, defaults follow the model."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
@@ -104,6 +105,12 @@ def test_a_recipe_survives_its_own_yaml(tmp_path_factory, lr, rank, dropout, tar
     path = tmp_path_factory.getbasetemp() / "same.yaml"
     path.write_text(recipe.dump())
     assert load(SftRecipe, path) == recipe
+
+
+def test_the_shipped_recipes_load():
+    shipped = sorted((Path(__file__).resolve().parents[3] / "recipes").glob("*.yaml"))
+    names = [load(SftRecipe, path).completed(1e9).name() for path in shipped]
+    assert names == ["sft-extract-smollm2-135m-lora", "sft-extract-tiny-lora", "sft-my_data-qwen3-0.6b-qlora"]
 
 
 def test_every_setting_has_a_sentence_for_help():

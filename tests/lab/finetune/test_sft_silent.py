@@ -116,6 +116,13 @@ def test_a_rate_made_for_another_method_is_found(method, lr, parameters, word):
     assert (found is None) if word is None else word in found.found
 
 
+@pytest.mark.parametrize(
+    ("warmup", "steps", "finds"), [(0.1, 5, False), (10, 100, False), (100, 188, True), (0.6, 9, True)]
+)
+def test_a_warmup_that_fills_the_run_is_found(warmup, steps, finds):
+    assert (silent.warmup_too_long(warmup, steps) is not None) == finds
+
+
 def test_prompts_in_training_and_validation_are_counted():
     assert silent.same_in_both(["a", "b"], ["c"]) is None
     assert "1 of 2" in silent.same_in_both(["a", "b"], ["b", "c"]).found
