@@ -95,7 +95,7 @@ class _LoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
         a, b_t = _thin(x, A, B, s)
-        y, down = F.linear(x, weight, bias), F.linear(x, a)  # (..., out), (..., r)
+        down, y = F.linear(x, a), F.linear(x, weight, bias)  # (..., r), (..., out)
         y.view(-1, y.shape[-1]).addmm_(down.view(-1, len(a)), b_t)
         ctx.save_for_backward(x, weight, A, B, down)  # A and B are parameters: the thin copies are made again
         ctx.s = s
@@ -119,7 +119,7 @@ class _DoRA(torch.autograd.Function):
         a, b_t = _thin(x, A, B, s)
         m = torch.where(m == 0, TINY, m)  # else g z would forget z, and m would never leave zero
         g = (m / norm).to(x.dtype)
-        y, down = F.linear(x, weight), F.linear(x, a)
+        down, y = F.linear(x, a), F.linear(x, weight)
         y.view(-1, y.shape[-1]).addmm_(down.view(-1, len(a)), b_t)
         y.mul_(g)
         ctx.save_for_backward(x, weight, A, B, down, y, g, m)
@@ -146,10 +146,10 @@ def _backward(ctx, grad: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor
     """Gradients of x, A and B for grad (N, out) at x W^T + x A^T (s B)^T."""
     a, b_t = _thin(x, A, B, ctx.s)
     grad_down = F.linear(grad, b_t)  # (N, r)
-    grad_A = (grad_down.T @ x.reshape(-1, x.shape[-1])).to(A.dtype)
     grad_B_t = down.view(-1, len(a)).T @ grad  # (r, out): 5 times faster than grad.T @ down
     grad_B = torch.mul(grad_B_t.T, ctx.s, out=torch.empty_like(B))
-    if not ctx.needs_input_grad[0]:
-        return None, grad_A, grad_B
-    grad_x = grad @ weight
-    return grad_x.addmm_(grad_down, a).view(x.shape), grad_A, grad_B
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = (grad @ weight).addmm_(grad_down, a).view(x.shape)
+    grad_A = (grad_down.T @ x.reshape(-1, x.shape[-1])).to(A.dtype)
+    return grad_x, grad_A, grad_B

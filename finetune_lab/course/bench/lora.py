@@ -6,7 +6,7 @@ each of them once, in turn; a ratio is the median over the rounds, and its sprea
 bf16 base; "peft bf16" is `autocast_adapter_dtype=False`. Saved bytes are what autograd still holds when forward has
 returned, parameters not counted; "in a model" is a two-layer Llama, beyond what the same model holds without adapters.
 bf16 figures hold for CPUs with AVX512-BF16; on a GPU everything else is different.
-Why some goals are missed is arithmetic: LoRA adds 3r/d to the frozen layer's products (rows "floor").
+Why some goals are missed is arithmetic (rows "floor") and memory traffic (rows "profile").
 """
 
 import warnings
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from statistics import median, quantiles
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -52,10 +53,15 @@ def peft_model(model: nn.Module, targets: list[str] | str, r: int, dora: bool, c
         return get_peft_model(model, config, autocast_adapter_dtype=cast)
 
 
-def contestants(width: int, r: int, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """Name -> layer, all in training mode on one frozen weight (width, width), with the same A and B (and m)."""
+def contestants(width: int, r: int, dtype: torch.dtype, weight: Tensor | None = None) -> dict[str, nn.Module]:
+    """Name -> layer, all in training mode on one frozen weight (width, width), with the same A and B (and m).
+
+    weight: the frozen one; None draws it. A and B depend on the width and r only, not on the dtype.
+    """
     torch.manual_seed(0)
     base = nn.Linear(width, width, bias=False).to(dtype).requires_grad_(False)
+    if weight is not None:
+        base.weight.copy_(weight)
     A, B = torch.randn(r, width) / width**0.5, 0.02 * torch.randn(width, r)
     layers = {"frozen": base, "LoRA": FusedLoRALinear(base, r, 2 * r), "DoRA": FusedDoRALinear(base, r, 2 * r)}
     peers = {"peft LoRA": (False, True), "peft DoRA": (True, True)}
@@ -92,11 +98,32 @@ def step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], list[Tensor]
     return run
 
 
+def parts(layer: FusedDoRALinear, x: Tensor, grad: Tensor) -> dict[str, Callable[[], object]]:
+    """What LoRA and DoRA do beside the frozen layer's two products, each part alone: the profile of the ratios."""
+    rows, A = x.detach(), layer.A.detach().to(x.dtype)
+    B_t = layer.B.detach().T.to(x.dtype).contiguous()
+    y, grad_x, g = torch.zeros_like(grad), torch.zeros_like(rows), grad.new_ones(grad.shape[1])
+
+    def thin() -> None:
+        down, grad_down = F.linear(rows, A), F.linear(grad, B_t)
+        y.addmm_(down, B_t)
+        grad_x.addmm_(grad_down, A)
+        grad_down.T @ rows
+        down.T @ grad
+
+    def rowwise() -> None:
+        product = grad * y.mul_(g)
+        product.sum(0)
+        torch.mul(grad, g, out=product)
+
+    return {"six thin products": thin, "DoRA's norm": layer.direction_norm, "DoRA's passes over rows": rowwise}
+
+
 class _Box:
     """Holds one saved tensor; it dies with the graph that saved it."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()  # with its graph, a saved output would keep itself alive
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
@@ -116,7 +143,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """Largest relative difference over output and gradients."""
-    return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(ours, theirs, strict=True))
+    return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(ours, theirs, strict=True))
 
 
 def compare(width: int, r: int, dtype_name: str, size: dict) -> list[dict]:
@@ -127,7 +154,11 @@ def compare(width: int, r: int, dtype_name: str, size: dict) -> list[dict]:
     x.requires_grad_()
     steps = {name: step(layer, x, grad) for name, layer in layers.items()}
     results = {name: run() for name, run in steps.items()}
-    seconds = interleaved_seconds(steps, size["widths"][width])
+    in_fp64 = contestants(width, r, torch.float64, layers["frozen"].weight)
+    wide = x.detach().double().requires_grad_(), grad.double()
+    exact = {name: step(in_fp64[name], *wide)() for name in ("LoRA", "DoRA")}
+    profile = parts(layers["DoRA"], x, grad)
+    seconds = interleaved_seconds(steps | profile, size["widths"][width])
     middle = {name: median(times) for name, times in seconds.items()}
     rows = []
 
@@ -144,6 +175,8 @@ def compare(width: int, r: int, dtype_name: str, size: dict) -> list[dict]:
     for mine in ("LoRA", "DoRA"):
         add(f"{mine}: difference to peft {mine}", difference(results[mine], results[f"peft {mine}"]), "1",
             goal=AGREE[dtype_name])  # fmt: skip
+        errors = {name: difference(results[name], exact[mine]) for name in (mine, f"peft {mine}")}
+        add(f"{mine}: error against fp64", errors[mine], "1", f"peft {mine}", errors[f"peft {mine}"])
     floor, with_norm = lora_time_floor(width, r), dora_time_floor(width, r, size["tokens"])
     add("LoRA: floor of the time over frozen", floor, "1")
     add("DoRA: floor of the time over LoRA", with_norm / floor, "1")
@@ -152,6 +185,9 @@ def compare(width: int, r: int, dtype_name: str, size: dict) -> list[dict]:
     for name in steps:
         if name not in ("frozen", "LoRA"):
             add_time(name, "frozen", None)
+    for name in profile:
+        add(f"profile, {name}: time over frozen", middle[name], "s", "frozen", middle["frozen"],
+            median(a / b for a, b in zip(seconds[name], seconds["frozen"], strict=True)))  # fmt: skip
     for mine in ("LoRA", "DoRA"):
         names = (mine, f"peft {mine}")
         saved = {name: saved_bytes(layers[name], lambda name=name: layers[name](x)) for name in names}
