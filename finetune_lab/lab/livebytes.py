@@ -62,3 +62,54 @@ class LiveBytes(TorchDispatchMode):
         if self.log is not None:
             self.log.append((str(func), self.live))
         return out
+
+
+def step_bytes(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, labels: torch.Tensor
+) -> dict[str, int]:
+    """Bytes of one real training step of a causal language model: zero_grad(set_to_none), loss, backward, step.
+
+    Measured in the second step, when the optimizer's states exist. Keys: weights (parameters and what belongs to a
+    quantised one), quantisation state, optimizer, gradients, saved (alive when the loss is there, without what stays and
+    with ids and labels), forward, backward, step (the fullest moment of each), peak. Buffers are not counted.
+    """
+    with LiveBytes() as live:
+        live.watch(
+            [*model.parameters(), *(t for p in model.parameters() for t in quantisation_tensors(p)), ids, labels]
+        )
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=True)
+            start = live.live
+            live.mark()
+            loss = model(input_ids=ids, labels=labels).loss
+            saved = live.live - start
+            forward = live.mark()
+            loss.backward()
+            del loss
+            backward = live.mark()
+            gradients = live.live - start
+            optimizer.step()
+            step = live.mark()
+        own = ids.nbytes + labels.nbytes
+        weights = storage_bytes(model.parameters())
+        quantised = storage_bytes(t for p in model.parameters() for t in quantisation_tensors(p))
+        states = start - weights - quantised - own
+    peaks = {"forward": forward, "backward": backward, "step": step, "peak": max(forward, backward, step)}
+    return {"weights": weights, "quantisation state": quantised, "optimizer": states, "gradients": gradients,
+            "saved": saved + own, **peaks}  # fmt: skip
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages of these tensors, each once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def quantisation_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """The scales, levels and offsets that bitsandbytes keeps beside a 4-bit parameter; none for any other."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return []
+    found = [state.absmax, state.code]
+    if state.nested:
+        found += [state.offset, state.state2.absmax, state.state2.code]
+    return found

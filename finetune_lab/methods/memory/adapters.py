@@ -40,7 +40,6 @@ def quantised_linear(model: Decoder, given: Value, linear: Linear, bias: Value |
         return [out] + [None] * (len(wanted) - 1)
 
     x = op.to(tape, given, model.base)
-    bias = bias and op.to(tape, bias, model.base)
     whole = dequantised(model, linear, model.base) if tape.scratch else None  # inside the kernel, or a buffer of it
     parents = [x] if bias is None else [x, bias]
     out = tape.apply(parents, [Value(None, 0, 1)], backward, model.rows * linear.fan_out, model.base)
@@ -50,7 +49,8 @@ def quantised_linear(model: Decoder, given: Value, linear: Linear, bias: Value |
 
 def base_linear(model: Decoder, x: Value, linear: Linear) -> Value:
     """The frozen or fully trained layer."""
-    bias = model.weight(f"{linear.name}.bias", linear.fan_out, model.rest, model.full) if linear.bias else None
+    size = model.base if model.r.quantised else model.rest
+    bias = model.weight(f"{linear.name}.bias", linear.fan_out, size, model.full) if linear.bias else None
     if model.r.quantised:
         return quantised_linear(model, x, linear, bias)
     weight = model.weight(linear.name, linear.weights, model.base, model.full)

@@ -16,7 +16,7 @@ from finetune_lab.methods.memory.model import Decoder
 from finetune_lab.methods.memory.objectives import beside, reference_moments, rollout_moments, sequences
 from finetune_lab.methods.memory.ranks import on_one_rank
 from finetune_lab.methods.memory.recipe import DTYPES, Recipe
-from finetune_lab.methods.memory.states import TABLE, Tensor, state_bytes, tensors, weight_bytes
+from finetune_lab.methods.memory.states import Tensor, state_bytes, tensors, weight_bytes
 from finetune_lab.methods.memory.tape import Tape
 
 MOMENTS = {  # place on the tape -> moment in the ledger
@@ -43,7 +43,7 @@ def kept_lines(found: list[Tensor], recipe: Recipe) -> list[Line]:
                  f"{shape} x {'0.5' if t.quantised else t.size} bytes")
         )  # fmt: skip
         if constants:
-            why = f"{t.copies} x {constants}: scales of blocks of {recipe.quant_block}, and the 16 levels"
+            why = f"{t.copies} x {constants}: scales of blocks of {recipe.quant_block}, tables of levels"
             lines.append(Line("quantisation state", t.name, t.copies * constants, why))
         if t.trained:
             count = t.copies * t.numel
@@ -52,8 +52,6 @@ def kept_lines(found: list[Tensor], recipe: Recipe) -> list[Line]:
                 lines.append(Line("master weights", t.name, 4 * count, f"{shape} x 4 bytes"))
             if state := state_bytes(t, recipe):
                 lines.append(Line("optimizer", t.name, t.copies * state, f"{t.copies} x {state}: {recipe.optimizer}"))
-    if recipe.quantised and recipe.double_quant:
-        lines.append(Line("quantisation state", "table", TABLE, "256 levels x 4 bytes, once for all tensors"))
     return lines
 
 

@@ -114,7 +114,8 @@ class Decoder:
     def eager(self, query: Value, key: Value, value: Value, mask: Value | None) -> tuple[Value, Value]:
         tape, a = self.tape, self.a
         groups, cells = a.heads // a.kv_heads, self.batch * a.heads * self.seq * self.seq
-        keys, values = op.repeat(tape, key, groups), op.repeat(tape, value, groups)
+        viewed = self.batch == a.kv_heads == 1
+        keys, values = (op.repeat(tape, x, groups, viewed) for x in (key, value))
 
         def in_heads(x, copied):  # matmul wants (batch x heads, seq, head_dim): a copy where it is no view
             return op.copy(tape, x) if copied and self.batch > 1 else x
@@ -169,24 +170,29 @@ class Decoder:
         if self.r.checkpointing and not self.frozen:  # transformers' activation_checkpointing_enable
             tape.require_gradient(embedded)
         positions = tape.new(self.seq, 8)
-        mask = other = None
+        # Gemma 2 and 3 make a mask for each kind of layer, Gemma 3 rotations too; one layer here stands for the kind
+        # that sees everything
+        kinds = 2 if a.family in ("gemma2", "gemma3_text") else 1
+        mixed = a.family == "gemma2" or bool(a.full_attention_layers)
+        masks = [None] * kinds
         if self.r.attention == "eager":
-            mask = tape.new(self.rows * self.seq, self.rest)
-            other = tape.new(self.rows * self.seq, self.rest) if a.family in ("gemma2", "gemma3_text") else None
-        cos, sin = (tape.new(self.seq * a.rotary_dim, self.rest) for _ in range(2))
+            masks = [tape.new(self.rows * self.seq, self.rest) for _ in masks]
+        turns = 2 if a.family == "gemma3_text" and mixed else 1
+        rotations = [[tape.new(self.seq * a.rotary_dim, self.rest) for _ in range(2)] for _ in range(turns)]
         x = embedded
         for number in range(self.layers):
+            which = int(mixed and number == 1)
+            cos, sin = rotations[which % turns]
             tape.place = (
                 "the first layer" if number == 0 else "the last layer" if number == self.layers - 1 else "a layer"
             )
             tape.place += f"#{number}"
             if self.r.checkpointing:
-                x = tape.checkpoint(self.placed, x, tape.place, positions, cos, sin, mask)
+                x = tape.checkpoint(self.placed, x, tape.place, positions, cos, sin, masks[which % kinds])
             else:
-                x = self.layer(x, cos, sin, mask)
+                x = self.layer(x, cos, sin, masks[which % kinds])
         tape.place = "the head"
         x = self.norm(x, "norm", a.hidden)
-        del other  # a sliding-window mask is made too, whether a layer wants it or not
         return x
 
     def placed(self, x: Value, place: str, positions: Value, cos: Value, sin: Value, mask: Value | None) -> Value:

@@ -190,14 +190,15 @@ def bmm(tape: Tape, a: Value, b: Value, n: int) -> Value:
     return tape.apply([a, b], [a] * (b.node is not None) + [b] * (a.node is not None), backward, n, a.size)
 
 
-def repeat(tape: Tape, x: Value, times: int) -> Value:
-    """Repeat key or value heads: a copy; backward sums the groups."""
+def repeat(tape: Tape, x: Value, times: int, viewed: bool = False) -> Value:
+    """Repeat key or value heads: a copy (`viewed`: one head of one sequence needs none); backward sums the groups."""
 
     def backward(tape, g, saved, wanted):
         return [tape.new(x_n, g.size)]
 
     x_n = x.n
-    return tape.apply([x], [], backward, times * x.n, x.size) if times > 1 else x
+    view = x if viewed else None
+    return tape.apply([x], [], backward, times * x.n, x.size, view=view) if times > 1 else x
 
 
 def softmax(tape: Tape, x: Value, size: int) -> Value:

@@ -66,7 +66,8 @@ def tensors(architecture: Architecture, recipe: Recipe) -> list[Tensor]:
         shape = (linear.fan_out, linear.fan_in)
         found.append(Tensor(linear.name, shape, base, layers, trained=full, quantised=recipe.quantised))
         if linear.bias:
-            found.append(Tensor(f"{linear.name}.bias", (linear.fan_out,), rest, layers, trained=full))
+            own = base if recipe.quantised else rest  # Linear4bit casts its bias in the first forward pass
+            found.append(Tensor(f"{linear.name}.bias", (linear.fan_out,), own, layers, trained=full))
         if linear.name in adapted:
             own = {"copies": layers, "trained": True, "adapter": True}
             found.append(Tensor(f"{linear.name}.lora_A", (recipe.rank, linear.fan_in), small, **own))
@@ -82,7 +83,9 @@ def tensors(architecture: Architecture, recipe: Recipe) -> list[Tensor]:
         found.append(Tensor("q_norm, k_norm", (architecture.head_dim,), rest, 2 * layers, trained=full))
     found.append(Tensor("norms", (h,), rest, architecture.traits.norms * layers, trained=full))
     found.append(Tensor("norm", (h,), rest, trained=full))
-    if not architecture.tied:
+    if recipe.objective == "reward":
+        found.append(Tensor("score", (1, h), rest, trained=True))
+    elif not architecture.tied:
         found.append(Tensor("lm_head", (vocab, h), rest, trained=full))
     return found
 
@@ -90,15 +93,12 @@ def tensors(architecture: Architecture, recipe: Recipe) -> list[Tensor]:
 def nf4_bytes(numel: int, block: int = 64, double_quant: bool = True) -> tuple[int, int]:
     """(packed, constants) bytes of one NF4 tensor as bitsandbytes stores it: two values a byte; one absmax a block.
 
-    constants: absmax in fp32, or with double quantisation 1 byte a block, an fp32 for each 256 of them, and their mean;
-    and the table of the 16 levels. The 256 levels of the second quantisation are shared by all tensors (see `TABLE`).
+    constants: absmax in fp32, or with double quantisation 1 byte a block, an fp32 for each 256 of them, their mean and
+    the 256 fp32 levels of that second quantisation; and the 16 fp32 levels of NF4. Each tensor has its own tables.
     """
     blocks = math.ceil(numel / block)
-    scales = blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 4 if double_quant else 4 * blocks
-    return math.ceil(numel / 2), scales + 16 * 4
-
-
-TABLE = 256 * 4  # fp32 levels of bitsandbytes' dynamic 8-bit map, one for the process
+    nested = blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 4 + 256 * 4
+    return math.ceil(numel / 2), (nested if double_quant else 4 * blocks) + 16 * 4
 
 
 def weight_bytes(tensor: Tensor, recipe: Recipe) -> tuple[int, int]:

@@ -10,6 +10,7 @@ In production: torch.autograd (engine.cpp, input_buffer.cpp) under `torch.distri
 
 import heapq
 import sys
+import weakref
 from collections.abc import Callable
 
 ALONE = 2  # references to a storage that only one Value holds, as sys.getrefcount counts them
@@ -65,12 +66,23 @@ class Stop(Exception):
 
 
 class Frame:
-    """One checkpointed call: its function and input, and how much it saved; recomputed when first asked."""
+    """One checkpointed call: its function and input; what it saved is recomputed when first asked for."""
 
-    __slots__ = ("call", "count", "found", "given")
+    __slots__ = ("call", "found", "given", "places")
 
     def __init__(self, call: Callable, given: tuple) -> None:
-        self.call, self.given, self.count, self.found = call, given, 0, None
+        self.call, self.given, self.found = call, given, None
+        self.places: list[weakref.ref] = []
+
+
+class Place:
+    """Stands for a tensor that a node inside a checkpoint would have saved."""
+
+    __slots__ = ("__weakref__", "frame", "number")
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame, self.number = frame, len(frame.places)
+        frame.places.append(weakref.ref(self))
 
 
 class Tape:
@@ -125,13 +137,13 @@ class Tape:
     def keep(self, value: Value) -> object:
         """What a node stores for a saved tensor: the tensor, or inside a checkpoint only its number."""
         if self.again is not None:
-            found = self.again.found
-            found[len(found)] = Value(value.storage, value.n, value.size)
-            if len(found) == self.again.count:
+            found, places = self.again.found, self.again.places
+            wanted = places[len(found)]() is not None  # the node may be gone: DoRA's graph of the norm
+            found[len(found)] = Value(value.storage, value.n, value.size) if wanted else None
+            if len(found) == len(places):
                 raise Stop
         elif self.frame is not None:
-            self.frame.count += 1
-            return (self.frame, self.frame.count - 1)
+            return Place(self.frame)
         if value.storage is not None and value.storage.kind == "temporaries":
             value.storage.become("activations")
         return Value(value.storage, value.n, value.size)
@@ -175,7 +187,7 @@ class Tape:
     def _recall(self, saved: object) -> Value:
         if isinstance(saved, Value):
             return saved
-        frame, number = saved
+        frame = saved.frame
         if frame.found is None:
             frame.found, self.again = {}, frame
             try:
@@ -183,7 +195,7 @@ class Tape:
             except Stop:
                 pass
             self.again = None
-        return frame.found.pop(number)
+        return frame.found.pop(saved.number)
 
     def _add(self, old: Value, new: Value) -> Value:
         if self.in_place and sys.getrefcount(old) <= ALONE + 1 and sys.getrefcount(old.storage) <= ALONE:
