@@ -94,9 +94,9 @@ def quantize(w: Tensor, code: Tensor | None = None, blocksize: int = 64, double_
     step = max(CHUNK // blocksize, 1) * blocksize
     x_buffer = torch.empty(min(step, full), device=w.device)
     for start in range(0, full, step):
-        values = flat[start : min(start + step, full)].view(-1, blocksize)
+        values = flat[start : min(start + step, full)].view(-1, blocksize).float()
         x, scale = x_buffer[: values.numel()], absmax[start // blocksize :][: len(values)]
-        torch.amax(torch.abs(values.float(), out=x.view_as(values)), 1, out=scale)
+        torch.amax(torch.abs(values, out=x.view_as(values)), 1, out=scale)
         if not scale.isfinite().all():
             raise ValueError(f"w holds inf or nan between its values {start} and {start + step}: no scale fits them")
         torch.mul(values, (1 / scale.clamp(min=SMALLEST))[:, None], out=x.view_as(values))
@@ -122,9 +122,8 @@ def dequantize(q: Quantized, out: Tensor | None = None) -> Tensor:
     flat, n, scales = out.view(-1), out.numel(), q.scales
     pairs = _pairs(tuple(q.code.tolist())).to(out.device)
     step = max(2 * CHUNK // q.blocksize, 1) * q.blocksize
-    in_place = (
-        out.dtype == torch.float32 and n % 2 == 0 and out.storage_offset() % 2 == 0
-    )  # pairs fit into `out` itself
+    # a pair of levels can be written into `out` itself where that is fp32 and starts at an even place
+    in_place = out.dtype == torch.float32 and n % 2 == 0 and out.storage_offset() % 2 == 0
     buffer = None if in_place else torch.empty(min(step, n + n % 2), device=out.device)
     for start in range(0, n, step):
         target = flat[start : start + step]

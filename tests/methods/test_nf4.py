@@ -18,7 +18,7 @@ from finetune_lab.methods.nf4 import (
     unpack,
 )
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CODES = {"nf4": nf4_code(), "fp4": fp4_code(), "int4": int_code(4), "three": torch.tensor([-1.0, 0.0, 1.0])}
 
 
@@ -165,6 +165,12 @@ def test_inf_and_nan_are_refused(value, place):
 def test_bad_input_is_told_in_one_sentence(arguments, says):
     with pytest.raises(ValueError, match=says):
         quantize(**({"w": weight(256)} | arguments))
+
+
+def test_an_out_that_starts_at_an_odd_place_is_filled_alike():
+    q = quantize(weight((4, 64)))
+    out = torch.empty(257)[1:].view(4, 64)
+    assert torch.equal(dequantize(q, out=out), dequantize(q))
 
 
 @pytest.mark.parametrize("out", [torch.empty(3, 64), torch.empty(4, 64, dtype=torch.bfloat16), torch.empty(64, 4).T])

@@ -30,7 +30,7 @@ NAME = "nf4"
 HELP = "NF4 against bitsandbytes on the CPU: speed, bits, errors of formats, block sizes and code books, faults"
 
 FULL = {"shapes": {"fp32": [(1024, 1024), (2048, 2048), (4096, 4096)], "bf16": [(2048, 2048), (8192, 4096)]},
-        "rounds": 7, "goals": (">= 6", ">= 20"), "samples": 2**20, "seeds": 5, "items": 80, "layers": (1024, 2048)}  # fmt: skip
+        "rounds": 7, "goals": (">= 6", ">= 20"), "samples": 2**20, "seeds": 5, "items": 40, "layers": (1024, 2048)}  # fmt: skip
 QUICK = {"shapes": {"fp32": [(1024, 1024)]}, "rounds": 5, "goals": (">= 2", ">= 5"), "samples": 2**16, "seeds": 0,
          "items": 20, "layers": (256,)}  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -251,7 +251,7 @@ def run(quick: bool) -> list[dict]:
             rows += tuned_rows(size["seeds"], size["items"])
             if "smollm2" in kinds:
                 torch.set_num_threads(1)  # loading it took all of them
-                rows += base_rows("smollm2-135m", 40, MODEL_FORMATS)
+                rows += base_rows("smollm2-135m", 24, MODEL_FORMATS)
             else:
                 rows.append(row("smollm2: left out, its files are not on this machine", 1, "count"))
         return rows
