@@ -130,9 +130,10 @@ class _DoRA(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         *saved, y, g, m = ctx.saved_tensors
-        product = (grad * y).view(-1, y.shape[-1])
+        grad = grad.reshape(-1, grad.shape[-1])
+        product = grad * y.view(grad.shape)
         grad_m = product.sum(0).to(m.dtype).div_(m)
-        grad_z = torch.mul(grad.reshape(product.shape), g, out=product)  # the same memory again
+        grad_z = torch.mul(grad, g, out=product)  # the same memory again
         grad_x, grad_A, grad_B = _backward(ctx, grad_z, *saved)
         return grad_x, None, None, grad_A, grad_B, grad_m, None, None
 

@@ -84,6 +84,21 @@ def test_an_input_that_wants_no_gradient_costs_none_and_changes_nothing(plain, f
 
 
 @each_pair
+@pytest.mark.parametrize("turned", [False, True], ids=["turned gradient", "turned input"])
+def test_tensors_in_any_memory_order_are_welcome(plain, fused, turned):
+    one, two = twins(plain, fused, 8, 6, dtype=torch.float64)
+    x, grad = torch.randn(4, 3, 8).double(), torch.randn(4, 3, 6).double()
+    if turned:
+        x = torch.randn(3, 4, 8).double().transpose(0, 1)
+    else:
+        grad = torch.randn(3, 4, 6).double().transpose(0, 1)
+    for a, b in zip(everything(two, x, grad), everything(one, x, grad), strict=True):
+        torch.testing.assert_close(a, b)
+    two(x).sum().backward()  # an expanded gradient
+    assert two.B.grad.isfinite().all()
+
+
+@each_pair
 def test_dropout_takes_the_plain_form_with_the_same_mask(plain, fused):
     one, two = twins(plain, fused, 16, 24)
     one.dropout.p = two.dropout.p = 0.4
