@@ -201,10 +201,11 @@ def _draw(args, architecture: Architecture, recipe: Recipe, ledger: Ledger, limi
 
     what = f"{architecture.name}, {recipe.method}"
     label = f"batch {recipe.batch} x {recipe.seq} tokens"
+    bar = f"{what}: {ledger.total_on_device / 1e9:.3g} GB on the device"
     for path, draw in (
-        (args.plot, lambda: vram_plot.stack({label: ledger}, f"{what}: {ledger.peak / 1e9:.3g} GB at the peak", limit)),
-        (args.timeline, lambda: vram_plot.timeline(ledger, f"{what}, {label}: the peak is the {ledger.peak_moment}", limit)),
-    ):  # fmt: skip
+        (args.plot, lambda: vram_plot.stack({label: ledger}, bar, limit)),
+        (args.timeline, lambda: vram_plot.timeline(ledger, f"{what}: peak at the {ledger.peak_moment}", limit)),
+    ):
         if path:
             try:
                 Path(path).write_bytes(plots.png(draw()))

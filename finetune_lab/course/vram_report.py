@@ -46,6 +46,8 @@ def headline(architecture: Architecture, recipe: Recipe) -> str:
     targets = recipe.targets if isinstance(recipe.targets, str) else ",".join(recipe.targets)
     method = recipe.method if recipe.method == "full" else f"{recipe.method} r={recipe.rank} on {targets}"
     parts = [f"{architecture.name} ({architecture.parameters():,} parameters)", method, recipe.objective]
+    if recipe.objective == "grpo":
+        parts[-1] += f" with {recipe.generations} answers"
     parts += [f"batch {recipe.batch} x {recipe.seq} tokens", f"checkpointing {'on' if recipe.checkpointing else 'off'}"]
     parts += [recipe.optimizer, recipe.dtype + (" with fp32 master" if recipe.master_weights else ""), recipe.attention]
     if recipe.ranks > 1:

@@ -120,7 +120,7 @@ def explain(before: Ledger, after: Ledger) -> str:
             return "nothing changes in this recipe"
         if after.total_on_device > before.total_on_device:
             return f"{_most(_changed(new, old))} grow"
-        return f"the peak is the {before.peak_moment}, which does not feel it: only {_most(touched)} shrink elsewhere"
+        return f"the peak is the {before.peak_moment}, and what shrinks ({_most(touched)}) does not fill it"
     less = _most(_changed(old, new))
     if after.peak_moment == before.peak_moment:
         return f"less {less}"
