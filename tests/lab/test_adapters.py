@@ -12,9 +12,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from finetune_lab.errors import UserError
 from finetune_lab.lab.adapters import CONFIG, WEIGHTS, fingerprint, load_adapter, save_adapter
+from finetune_lab.lab.models import load
+from finetune_lab.lab.train import sft
 from finetune_lab.methods.dora import DoRALinear
 from finetune_lab.methods.inject import active_adapter, active_layers, adapters, inject, set_adapter
 from finetune_lab.methods.lora import LoRALinear, lora_scaling, rslora_scaling
+from finetune_lab.methods.lora_fused import FusedDoRALinear, FusedLoRALinear
 
 IDS = torch.arange(24).reshape(2, 12)
 VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True},
@@ -270,3 +273,29 @@ def test_a_layer_alone_is_a_model_too(tmp_path):
     save_adapter(ours(net, ["0", "2"]), tmp_path)
     x = torch.randn(4, 6)
     assert torch.equal(load_adapter(twin, tmp_path)(x), net(x))
+
+
+# training
+
+
+ITEMS = [{"prompt": [{"role": "user", "content": f"Say {n}."}], "completion": [{"role": "assistant", "content": str(n)}]}
+         for n in range(8)]  # fmt: skip
+
+
+def trained_tiny(targets, kind):
+    model, tokenizer = load("tiny")
+    inject(model, targets, r=4, alpha=8.0, layer=kind)
+    return model, sft(model, tokenizer, ITEMS, steps=6, batch_size=4, lr=2e-3, warmup=1)
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, FusedLoRALinear, DoRALinear, FusedDoRALinear])
+def test_the_courses_training_loop_trains_an_injected_model_and_leaves_its_base(kind):
+    base = {name: p.clone() for name, p in load("tiny")[0].named_parameters()}
+    model, history = trained_tiny("all-linear", kind)
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"]
+    assert all(torch.equal(p, base[name]) for name, p in set_adapter(model, None).named_parameters())
+
+
+def test_an_adapted_head_is_trained_though_the_loss_reads_its_weight():
+    model, _ = trained_tiny(["lm_head"], LoRALinear)
+    assert (active_layers(model)["lm_head"].B != 0).any()
