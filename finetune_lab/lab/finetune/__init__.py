@@ -8,10 +8,11 @@
     build        model, tokenizer and adapter of a recipe (full, LoRA, DoRA, QLoRA)
     runs         the folder of a run: lock, state, checkpoints that are complete or do not count
     watch        callbacks: progress bar, a function called at each step, complete checkpoints
-    run          supervised fine-tuning from start to report, over `trl.SFTTrainer`
+    session      a run from its folder to its report, for any trainer
+    run          supervised fine-tuning: `session` over `trl.SFTTrainer`
     score        exact match and held-out loss, before and after
     report       report.md, report.json, curve.png
     talk         generation with the base, the adapter and the merged model
 
-Everything but `run` (and the recipe's own fields) knows nothing about the trainer, so that other trainers can use it.
+Only `run`, `preflight.inspect`, `encode` and `SftRecipe` know about supervised fine-tuning; the rest serves any trainer.
 """

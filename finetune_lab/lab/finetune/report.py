@@ -9,7 +9,10 @@ from matplotlib.figure import Figure
 from finetune_lab.lab.finetune import runs
 from finetune_lab.lab.finetune.memory import gb
 from finetune_lab.lab.finetune.preflight import Preflight
+from finetune_lab.lab.finetune.score import asked, reference
 
+ASPECTS = ("prompt", "expected", "before", "after")
+SAMPLES = 4
 SHARES = ("exact_match", "field_f1", "good")
 BLUE, VERMILLION = "#0072B2", "#D55E00"
 
@@ -35,6 +38,16 @@ def build(
         "final_loss": statistics.mean(tail) if tail else None,
         **bill, **made,
     }  # fmt: skip
+
+
+def samples(rows: list[dict], before: list[str], after: list[str]) -> list[dict]:
+    """Prompt, expected answer and the answers before and after of a few rows; up to two that are still wrong first."""
+    found = [
+        dict(zip(ASPECTS, (asked(row)[-1]["content"], reference(row), b, a), strict=True))
+        for row, b, a in zip(rows, before, after, strict=True)
+    ]
+    wrong = [s for s in found if s["after"].strip() != s["expected"].strip()][: SAMPLES // 2]
+    return wrong + [s for s in found if s not in wrong][: SAMPLES - len(wrong)]
 
 
 def write(report: dict, folder: Path) -> None:
@@ -87,7 +100,7 @@ def page(report: dict, folder: Path) -> str:
     recipe = report["recipe"]
     out = [f"# {recipe['method']} on {recipe['model']}: {recipe['task'] or Path(recipe['data']).name}", ""]
     out += _scores(report) + _curve(report) + _samples(report)
-    out += ["## The bill", "", *_table([["", ""], *_bill(report)]), ""]
+    out += ["## The bill", "", *_table([["of this run", ""], *_bill(report)]), ""]
     out += _data(report)
     kind = "adapter" if report["result"] == "adapter" else "model"
     use = f"--adapter {folder}" if kind == "adapter" else f"--model {folder / 'model'}"
@@ -121,10 +134,12 @@ def _samples(report: dict) -> list[str]:
         return []
     out = ["## Samples", ""]
     for sample in report["samples"]:
-        for name in ("prompt", "expected", "before", "after"):
-            out += [f"{name}:", "", *_quoted(sample[name]), ""]
-        out += ["---", ""]
-    return out[:-2]
+        block = [f"{name + ':':10}" + sample[name].replace("\n", "\n" + 10 * " ") for name in ASPECTS]
+        out += [*_quoted("\n".join(block)), ""]
+    wrong = sum(sample["after"].strip() != sample["expected"].strip() for sample in report["samples"])
+    if report["after"].get("exact_match", 1.0) < 1.0 and wrong:
+        out += ["Answers that differ from the expected one stand first; they are not typical.", ""]
+    return out
 
 
 def _bill(report: dict) -> list[list[str]]:

@@ -1,62 +1,27 @@
-"""Supervised fine-tuning from a recipe to a report, over `trl.SFTTrainer`.
+"""Supervised fine-tuning over `trl.SFTTrainer`: from a recipe to a report.
 
-    result = sft(recipe)                          # or sft(recipe, on_step=curve) in a notebook
+    report = sft(SftRecipe(task="extract"))               # sft(recipe, on_step=curve) in a notebook
 
-Killed at any moment and called again it goes on from the last complete checkpoint and ends with the same weights, bit
-for bit on one machine: data order comes from the seed, and TRL restores weights, optimizer, schedule and random state.
-What is ours here is only what stands around the trainer. In production: `trl sft --config FILE`.
+No trainer of our own: rows that are already tokenised and masked go in, TRL trains. In production: `trl sft --config`.
 """
 
-import contextlib
-import dataclasses
-import os
-import shutil
-import time
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from datasets import Dataset
-from transformers import PrinterCallback, ProgressCallback, TrainerState
-from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from finetune_lab.errors import UserError
-from finetune_lab.lab.finetune import build, memory, preflight, report, runs, score, watch
+from finetune_lab.lab.finetune import build, preflight, score, watch
 from finetune_lab.lab.finetune.encode import Example
 from finetune_lab.lab.finetune.preflight import Preflight
-from finetune_lab.lab.finetune.recipe import Recipe, SftRecipe
-from finetune_lab.provenance import git_state, provenance
+from finetune_lab.lab.finetune.recipe import SftRecipe
+from finetune_lab.lab.finetune.session import Resuming, common_arguments, session
 
-SAMPLES = 4
 CURVE_ROWS = 32  # held-out rows whose loss is measured during training; before and after, all of them are scored
 
 
-class Trainer(SFTTrainer):
-    """`SFTTrainer` with two repairs of what happens when a checkpoint is loaded, so that a resumed run ends with the
-    same weights: peft 0.21.2 makes a bf16 adapter (QLoRA) fp32, and transformers 5.23 trains one step too many when the
-    checkpoint is already the last one."""
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        before = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
-        loud = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()  # it says that the tied head is missing, which is never saved
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        transformers_logging.set_verbosity(loud)
-        for name, p in self.model.named_parameters():
-            if name in before:
-                p.data = p.data.to(before[name])
-
-    def train(self, resume_from_checkpoint: str | None = None, **more):
-        if resume_from_checkpoint:
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
-            if state.global_step >= state.max_steps:
-                self._load_from_checkpoint(resume_from_checkpoint)
-                self.state = state
-                return None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **more)
+class ResumingSFTTrainer(Resuming, SFTTrainer):
+    """TRL's trainer; a resumed run ends as an uninterrupted one does."""
 
 
 def sft(
@@ -67,7 +32,7 @@ def sft(
     say: Callable[[str], None] = print,
     found: Preflight | None = None,
 ) -> dict:
-    """Train, or go on with the same run, and return the report (see `report.build`).
+    """Fine-tune and return the report (the values of report.json); a run that was killed goes on.
 
     fresh: put an older run in the same folder aside. on_step(step, loss): for live curves. say: gets each line of text.
     found: a preflight of this recipe made before. Raises UserError for everything that can be known before training.
@@ -75,199 +40,36 @@ def sft(
     found = found or preflight.inspect(recipe)
     if problems := [f for f in found.findings if f.level == "error"]:
         raise UserError(" ".join(f"{f.found} {f.fix}" for f in problems))
-    recipe, folder, first = found.recipe, Path(found.recipe.out).expanduser(), _rank() == 0
-    settings = arguments(recipe, found, folder)  # under torchrun this starts the process group
-    with runs.locked(folder) if first else contextlib.nullcontext():
-        if first:
-            if fresh and (old := runs.put_aside(folder)):
-                say(f"the run that was in {folder} is now in {old}")
-            state = runs.state_of(folder, identity(found))
-            if state == "new":
-                runs.write(folder / "recipe.yaml", recipe.dump())
-                runs.write(folder / "run.json", {"command": recipe.trainer(), "identity": identity(found)})
-            runs.last_checkpoint(folder / "checkpoints")  # deletes what was cut off
-        _wait()
-        if (runs.read(folder / "run.json") or {}).get("finished"):
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            say(f"this run is finished; --fresh trains it again. Its report: {folder / 'report.md'}")
-            return runs.read(folder / "report.json")
-        try:
-            return _train(found, settings, folder, on_step, say)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"the memory of the GPU is full ({str(error).splitlines()[0][:120]}). Make batch_size smaller and "
-                "accumulation larger, shorten max_length, switch checkpointing on, or use qlora."
-            ) from error
+    settings = arguments(found)  # under torchrun this starts the process group
+
+    def make_trainer(model, tokenizer) -> ResumingSFTTrainer:
+        return ResumingSFTTrainer(
+            model=model,
+            args=settings,
+            processing_class=tokenizer,
+            peft_config=build.adapter_config(found.recipe, model),
+            train_dataset=_table(found.train),
+            eval_dataset=_table(found.valid[:CURVE_ROWS]) if found.valid else None,
+        )
+
+    def scorer(model, tokenizer) -> tuple[dict, list[str]]:
+        return score.score(model, tokenizer, found.valid_rows, found.valid, found.recipe.task)
+
+    return session(
+        found, settings, make_trainer, scorer if found.valid_rows else None, fresh=fresh, on_step=on_step, say=say
+    )
 
 
-def identity(found: Preflight) -> dict:
-    """Everything that must be equal for two runs to end with the same weights."""
-    values = dataclasses.asdict(found.recipe) | {"data": found.recipe.data and Path(found.recipe.data).name}
-    for name in ("out", "valid", "test_items"):
-        values.pop(name)
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-    return values | {"rows": found.rows.fingerprint(), "processes": preflight.processes()}
-
-
-def arguments(recipe: SftRecipe, found: Preflight, folder: Path) -> SFTConfig:
+def arguments(found: Preflight) -> SFTConfig:
     """The recipe in TRL's words."""
+    recipe = found.recipe
     return SFTConfig(
-        **common_arguments(recipe, folder, cpu=build.device_of(recipe.model) == "cpu", score=bool(found.valid)),
+        **common_arguments(recipe, score=bool(found.valid)),
         packing=recipe.packing,
         max_length=recipe.max_length if recipe.packing else None,  # our rows are cut already
         neftune_noise_alpha=recipe.neftune,
     )
 
 
-def common_arguments(recipe: Recipe, folder: Path, *, cpu: bool, score: bool) -> dict:
-    """What every TRL trainer is told: steps, rates, precision, checkpoints, silence. score: there are held-out rows."""
-    return {
-        "output_dir": str(folder / "checkpoints"),
-        "max_steps": recipe.steps or -1,
-        "num_train_epochs": recipe.epochs or 1.0,
-        "per_device_train_batch_size": recipe.batch_size,
-        "per_device_eval_batch_size": recipe.batch_size,
-        "gradient_accumulation_steps": recipe.accumulation,
-        "learning_rate": recipe.lr,
-        "lr_scheduler_type": recipe.schedule,
-        "warmup_steps": recipe.warmup if recipe.warmup < 1 else int(recipe.warmup),
-        "weight_decay": recipe.weight_decay,
-        "max_grad_norm": recipe.clip,
-        "optim": recipe.optimizer,
-        "seed": recipe.seed,
-        "data_seed": recipe.seed,
-        "bf16": recipe.precision == "bf16",
-        "fp16": recipe.precision == "fp16",
-        "activation_checkpointing": recipe.checkpointing,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # by default a loss of nan is logged as the mean of the others
-        "eval_strategy": "steps" if score else "no",
-        "eval_steps": recipe.save_every,
-        "prediction_loss_only": True,
-        "save_strategy": "steps",
-        "save_steps": recipe.save_every,
-        "save_total_limit": 2,  # the newest may be cut off while it is written: the one before must still be there
-        "use_cpu": cpu,
-        "ddp_backend": "gloo" if cpu and preflight.processes() > 1 else None,
-        "ddp_find_unused_parameters": False,
-        "ddp_timeout": 24 * 3600,  # the others wait while the first process scores
-        "dataloader_pin_memory": not cpu,
-        "report_to": [],
-        "disable_tqdm": True,
-    }
-
-
-def _train(found: Preflight, settings: SFTConfig, folder: Path, on_step, say) -> dict:
-    recipe, first = found.recipe, _rank() == 0
-    checkpoint = runs.last_checkpoint(folder / "checkpoints") if first else None
-    checkpoint = _shared(str(checkpoint) if checkpoint else None)
-    model, tokenizer = build.load(recipe)
-    if first:
-        before = _before(found, folder, model, tokenizer, say)
-    _wait()
-    with build.quiet_peft():
-        trainer = Trainer(
-            model=model, args=settings, processing_class=tokenizer, peft_config=build.adapter_config(recipe, model),
-            train_dataset=_table(found.train), eval_dataset=_table(found.valid[:CURVE_ROWS]) if found.valid else None,
-        )  # fmt: skip
-    past = runs.read(Path(checkpoint) / runs.MARK) if checkpoint else {}
-    clock = watch.Complete(past.get("seconds", 0.0))
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    for callback in (watch.Finite(), watch.Bar(), clock, *([watch.Steps(on_step)] if on_step else [])):
-        trainer.add_callback(callback)
-    if first and checkpoint:
-        say(f"going on from step {past['step']} of {found.total_steps}")
-    with build.quiet_peft():
-        trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = clock.seconds()
-    result = None
-    if first:
-        result = _finish(found, folder, trainer, tokenizer, before, seconds, say)
-    _wait()
-    return result or {}
-
-
-def _before(found: Preflight, folder: Path, model, tokenizer, say) -> dict:
-    """Scores and sample answers of the untrained model, kept in the folder so that a resumed run need not repeat them."""
-    kept = runs.read(folder / "before.json")
-    if kept is None:
-        kept = {"scores": {}, "answers": []}
-        if found.valid_rows:
-            scores, said = score.score(model, tokenizer, found.valid_rows, found.valid, found.recipe.task)
-            kept = {"scores": scores, "answers": said}
-        runs.write(folder / "before.json", kept)
-    if kept["scores"]:
-        say("before: " + report.figures(kept["scores"]))
-    return kept
-
-
-def _finish(found: Preflight, folder: Path, trainer: SFTTrainer, tokenizer, before: dict, seconds: float, say) -> dict:
-    """Save the result, score it, write the report, and only then call the run finished."""
-    recipe, model = found.recipe, trainer.model
-    place = save(model, tokenizer, folder, recipe)
-    after = {"scores": {}, "answers": []}
-    if found.valid_rows:
-        scores, said = score.score(model, tokenizer, found.valid_rows, found.valid, recipe.task)
-        after = {"scores": scores, "answers": said}
-        say("after:  " + report.figures(scores))
-    samples = [
-        {"prompt": score.asked(row)[-1]["content"], "expected": score.reference(row), "before": b, "after": a}
-        for row, b, a in zip(found.valid_rows, before["answers"], after["answers"], strict=True)
-    ][:SAMPLES]
-    result = report.build(
-        found, before["scores"], after["scores"], samples, trainer.state.log_history,
-        {
-            "seconds": seconds,
-            "peak_bytes": memory.peak_bytes(build.device_of(recipe.model) != "cpu"),
-            "trained_parameters": build.trained_parameters(model),
-            "processes": preflight.processes(),
-        },
-        {**provenance(), "seed": recipe.seed, "git": git_state()},
-        place.name,
-    )  # fmt: skip
-    report.write(result, folder)
-    runs.write(folder / "run.json", runs.read(folder / "run.json") | {"finished": time.time()})
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    say(f"report: {folder / 'report.md'}")
-    return result
-
-
-def save(model, tokenizer, folder: Path, recipe: Recipe) -> Path:
-    """The adapter (or the whole model) and its tokenizer as safetensors in `folder/adapter` (`folder/model`)."""
-    place = folder / ("model" if recipe.method == "full" else "adapter")
-    part = folder / f".{place.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    if recipe.method != "full":
-        # the name that people give, not this machine's path: `generate` and others look the base up by it
-        model.peft_config["default"].base_model_name_or_path = recipe.model
-    with warnings.catch_warnings(action="ignore"):  # peft looks for the base's config on the hub, which may be away
-        model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    (part / "README.md").unlink(missing_ok=True)  # peft's empty form; the report says what the run was
-    shutil.rmtree(place, ignore_errors=True)
-    part.rename(place)
-    return place
-
-
 def _table(examples: list[Example]) -> Dataset:
     return Dataset.from_list([{"input_ids": e.ids, "labels": e.labels} for e in examples])
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _wait() -> None:
-    """All processes meet here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _shared(value):
-    """The first process's value, in every process."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu") if dist.get_backend() == "gloo" else None)
-    return box[0]

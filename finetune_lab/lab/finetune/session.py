@@ -1,0 +1,242 @@
+"""A run from its folder to its report, for any `transformers.Trainer`: what stands around the trainer, and no more.
+
+    report = session(found, settings, make_trainer, scorer)
+
+The trainer's own command gives four things: a preflight, the settings in TRL's words, a function that makes the trainer
+of a model, and one that scores a model. Killed at any moment and called again a session goes on from the last complete
+checkpoint and ends with the same weights, bit for bit on one machine: data order comes from the seed, and transformers
+restores weights, optimizer, schedule and random state.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from finetune_lab.errors import UserError
+from finetune_lab.lab.finetune import build, memory, preflight, report, runs, watch
+from finetune_lab.lab.finetune.preflight import Preflight
+from finetune_lab.lab.finetune.recipe import Recipe
+from finetune_lab.provenance import git_state, provenance
+
+MakeTrainer = Callable[..., Trainer]  # (model, tokenizer) -> a trainer that is also `Resuming`
+Scorer = Callable[..., tuple[dict, list[str]]]  # (model, tokenizer) -> scores and answers on the held-out rows
+
+
+class Resuming:
+    """Two repairs of what happens when a checkpoint is loaded, to put before a trainer: `class T(Resuming, SFTTrainer)`.
+
+    peft 0.21.2 makes a bf16 adapter (QLoRA) fp32, so that the rest would train in another precision; transformers 5.23
+    trains one step too many when the checkpoint is already the last one.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        before = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
+        loud = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()  # it says that the tied head is missing, which is never saved
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        transformers_logging.set_verbosity(loud)
+        for name, p in self.model.named_parameters():
+            if name in before:
+                p.data = p.data.to(before[name])
+
+    def train(self, resume_from_checkpoint: str | None = None, **more):
+        if resume_from_checkpoint:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+            if state.global_step >= state.max_steps:
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **more)
+
+
+def common_arguments(recipe: Recipe, *, score: bool) -> dict:
+    """What every TRL trainer is told: steps, rates, precision, checkpoints, silence. score: there are held-out rows."""
+    cpu = build.device_of(recipe.model) == "cpu"
+    return {
+        "output_dir": str(Path(recipe.out).expanduser() / "checkpoints"),
+        "max_steps": recipe.steps or -1,
+        "num_train_epochs": recipe.epochs or 1.0,
+        "per_device_train_batch_size": recipe.batch_size,
+        "per_device_eval_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.accumulation,
+        "learning_rate": recipe.lr,
+        "lr_scheduler_type": recipe.schedule,
+        "warmup_steps": recipe.warmup if recipe.warmup < 1 else int(recipe.warmup),
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.clip,
+        "optim": recipe.optimizer,
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "bf16": recipe.precision == "bf16",
+        "fp16": recipe.precision == "fp16",
+        "activation_checkpointing": recipe.checkpointing,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # by default a loss of nan is logged as the mean of the others
+        "eval_strategy": "steps" if score else "no",
+        "eval_steps": recipe.save_every,
+        "prediction_loss_only": True,
+        "save_strategy": "steps",
+        "save_steps": recipe.save_every,
+        "save_total_limit": 2,  # the newest may be cut off while it is written: the one before must still be there
+        "use_cpu": cpu,
+        "ddp_backend": "gloo" if cpu and preflight.processes() > 1 else None,
+        "ddp_find_unused_parameters": False,
+        "ddp_timeout": 24 * 3600,  # the others wait while the first process scores
+        "dataloader_pin_memory": not cpu,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+def session(
+    found: Preflight,
+    settings: TrainingArguments,
+    make_trainer: MakeTrainer,
+    scorer: Scorer | None,
+    *,
+    fresh: bool = False,
+    on_step: watch.OnStep | None = None,
+    say: Callable[[str], None] = print,
+) -> dict:
+    """Train, or go on, and return the report. scorer: None when nothing is held out.
+
+    fresh: put an older run in the same folder aside. on_step(step, loss): for live curves. say: gets each line of text.
+    Raises UserError for another run in the folder, a loss that is no number, a full GPU.
+    """
+    folder, first = Path(found.recipe.out).expanduser(), rank() == 0
+    with runs.locked(folder) if first else contextlib.nullcontext():
+        if first:
+            if fresh and (old := runs.put_aside(folder)):
+                say(f"the run that was in {folder} is now in {old}")
+            if runs.state_of(folder, identity(found)) == "new":
+                runs.write(folder / "recipe.yaml", found.recipe.dump())
+                runs.write(folder / "run.json", {"command": found.recipe.trainer(), "identity": identity(found)})
+        _wait()
+        if (runs.read(folder / "run.json") or {}).get("finished"):
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            say(f"this run is finished; --fresh trains it again. Its report: {folder / 'report.md'}")
+            return runs.read(folder / "report.json")
+        try:
+            return _train(found, settings, make_trainer, scorer, folder, on_step, say)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the memory of the GPU is full ({str(error).splitlines()[0][:120]}). Make batch_size smaller and "
+                "accumulation larger, shorten max_length, switch checkpointing on, or use qlora."
+            ) from error
+
+
+def identity(found: Preflight) -> dict:
+    """Everything that must be equal for two runs to end with the same weights."""
+    values = dataclasses.asdict(found.recipe) | {"data": found.recipe.data and Path(found.recipe.data).name}
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k != "out"}
+    return values | {"rows": found.rows.fingerprint(), "processes": preflight.processes()}
+
+
+def _train(found: Preflight, settings, make_trainer: MakeTrainer, scorer, folder: Path, on_step, say) -> dict:
+    recipe, first = found.recipe, rank() == 0
+    checkpoint = runs.last_checkpoint(folder / "checkpoints") if first else None  # deletes what was cut off
+    checkpoint = _shared(str(checkpoint) if checkpoint else None)
+    model, tokenizer = build.load(recipe)
+    before = _before(scorer, folder, model, tokenizer, found, say) if first else None
+    _wait()
+    with build.quiet_peft():
+        trainer = make_trainer(model, tokenizer)
+    past = runs.read(Path(checkpoint) / runs.MARK) if checkpoint else {}
+    clock = watch.Complete(past.get("seconds", 0.0))
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    for callback in (watch.Finite(), watch.Bar(), clock, *([watch.Steps(on_step)] if on_step else [])):
+        trainer.add_callback(callback)
+    if first and checkpoint:
+        say(f"going on from step {past['step']} of {found.total_steps}")
+    with build.quiet_peft():
+        trainer.train(resume_from_checkpoint=checkpoint)
+    bill = {
+        "seconds": clock.seconds(),
+        "peak_bytes": memory.peak_bytes(build.device_of(recipe.model) != "cpu"),
+        "trained_parameters": build.trained_parameters(trainer.model),
+        "processes": preflight.processes(),
+    }
+    result = _finish(found, folder, trainer, tokenizer, scorer, before, bill, say) if first else {}
+    _wait()
+    return result
+
+
+def _before(scorer, folder: Path, model, tokenizer, found: Preflight, say) -> dict:
+    """Scores and answers of the untrained model, kept in the folder so that a resumed run need not repeat them."""
+    kept = runs.read(folder / "before.json")
+    if kept is None:
+        kept = {"scores": {}, "answers": []}
+        if scorer:
+            say(f"scoring {len(found.valid_rows)} held-out rows before training")
+            scores, said = scorer(model, tokenizer)
+            kept = {"scores": scores, "answers": said}
+        runs.write(folder / "before.json", kept)
+    if kept["scores"]:
+        say("before: " + report.figures(kept["scores"]))
+    return kept
+
+
+def _finish(found, folder: Path, trainer: Trainer, tokenizer, scorer, before: dict, bill: dict, say) -> dict:
+    """Save the result, score it, write the report, and only then call the run finished."""
+    place = save(trainer.model, tokenizer, folder, found.recipe)
+    scores, said = scorer(trainer.model, tokenizer) if scorer else ({}, [])
+    if scores:
+        say("after:  " + report.figures(scores))
+    made = {**provenance(), "seed": found.recipe.seed, "git": git_state()}
+    result = report.build(
+        found, before["scores"], scores, report.samples(found.valid_rows, before["answers"], said),
+        trainer.state.log_history, bill, made, place.name,
+    )  # fmt: skip
+    report.write(result, folder)
+    runs.write(folder / "run.json", runs.read(folder / "run.json") | {"finished": time.time()})
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    say(f"report: {folder / 'report.md'}")
+    return result
+
+
+def save(model, tokenizer, folder: Path, recipe: Recipe) -> Path:
+    """The adapter (or the whole model) and its tokenizer as safetensors in `folder/adapter` (`folder/model`)."""
+    place = folder / ("model" if recipe.method == "full" else "adapter")
+    part = folder / f".{place.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    if recipe.method != "full":
+        # the name that people give, not this machine's path: `generate` and others look the base up by it
+        model.peft_config["default"].base_model_name_or_path = recipe.model
+    with warnings.catch_warnings(action="ignore"):  # peft looks for the base's config on the hub, which may be away
+        model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    (part / "README.md").unlink(missing_ok=True)  # peft's empty form; the report says what the run was
+    shutil.rmtree(place, ignore_errors=True)
+    part.rename(place)
+    return place
+
+
+def rank() -> int:
+    """The number of this process among those that train together; 0 when it is alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _wait() -> None:
+    """All processes meet here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _shared(value):
+    """The first process's value, in every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
