@@ -23,6 +23,7 @@ BENCHES = {
     "masking": "right labels against every token, and against masked ends of turn: what each teaches, five seeds",
     "nf4": "NF4 against bitsandbytes on the CPU: speed, bits, errors of formats, block sizes and code books, faults",
     "qlora": "QLoRA against LoRA, ways to merge, compute dtypes, and what a rounded base still knows, five seeds",
+    "vram": "the memory estimator against live bytes of real steps, byte by byte, and what the usual rules say",
     "world": "the tiny model: what the base knows, what fine-tuning teaches it, what it forgets",
 }
 EVIDENCE = Path(__file__).parents[2] / "evidence"

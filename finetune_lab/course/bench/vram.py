@@ -6,10 +6,12 @@ Counted: parameters, quantisation constants, optimizer states, gradients, all te
 counted: scratch space inside kernels, buffers, the allocator's rounding. ratio = larger / smaller of estimate and truth.
 """
 
-import json
+import logging
+import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -17,6 +19,7 @@ from accelerate.commands.estimate import estimate_training_usage
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_lab.lab.livebytes import step_bytes
+from finetune_lab.lab.meter import peak_bytes
 from finetune_lab.methods.memory import Architecture, Recipe, estimate, from_config
 from finetune_lab.methods.memory.rules import korthikanti, notes, sixteen_bytes
 
@@ -37,6 +40,20 @@ FAMILIES = {
     "gemma2": {"model_type": "gemma2", "head_dim": 64},
     "phi3": {"model_type": "phi3", "tie_word_embeddings": False},
 }
+TINY = {"model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 1792,
+        "tie_word_embeddings": True}  # fmt: skip
+CLEAR = Path("/proc/self/clear_refs")
+WITNESSES = [
+    ("llama tied", Recipe(method="full", batch=2, seq=128)),
+    ("llama", Recipe(method="full", batch=1, seq=160, checkpointing=True, dtype="fp32")),
+    ("llama tied", Recipe(method="lora", batch=2, seq=128)),
+    ("qwen3", Recipe(method="lora", batch=2, seq=128, attention="eager", checkpointing=True)),
+    ("llama", Recipe(method="dora", batch=2, seq=128)),
+    ("mistral", Recipe(method="qlora", batch=2, seq=128, kbit_fp32=False)),
+    ("phi3", Recipe(method="full", batch=2, seq=128)),
+    ("gemma3", Recipe(method="full", batch=2, seq=128, update="loop")),
+]
 LLAMA = ("llama tied", "llama", "mistral")
 EXACT = ("weights", "quantisation state", "gradients", "optimizer", "saved")
 
@@ -154,19 +171,175 @@ def truth(config: dict, recipe: Recipe) -> dict[str, int]:
         return step_bytes(model, optimizer, ids, ids.clone())
 
 
-def estimated(architecture: Architecture, recipe: Recipe) -> dict[str, int]:
-    """The estimator's figures under the names of `step_bytes`."""
-    ledger = estimate(architecture, recipe, device="cpu", traced=True)
-    stays = ledger.totals["after loading"]
-    own = 16 * recipe.batch * recipe.seq
+def estimated(architecture: Architecture, recipe: Recipe, traced: bool = True) -> dict:
+    """The estimator's figures under the names of `step_bytes`, and the moment of the peak."""
+    ledger = estimate(architecture, recipe, device="cpu", traced=traced)
     totals = ledger.totals
     return {
         "weights": ledger.total("weights") + ledger.total("adapters"),
         "quantisation state": ledger.total("quantisation state"),
         "gradients": ledger.total("gradients"),
         "optimizer": ledger.total("optimizer"),
-        "saved": totals["end of forward"] - stays,
-        "own": own,
+        "saved": totals["end of forward"] - totals["after loading"],
         "peak": ledger.peak,
+        "above": ledger.peak - totals["after loading"] - 16 * recipe.batch * recipe.seq,
         "moment": ledger.peak_moment,
     }
+
+
+def apart(a: float, b: float) -> float:
+    """Larger over smaller: 1 where both agree, whichever way they differ."""
+    return max(a, b) / min(a, b) if min(a, b) > 0 else 1.0 if a == b else float("inf")
+
+
+def row(name: str, value: float, unit: str, peer: str = "", peer_value=None, ratio=None, goal=None) -> dict:
+    return {"name": name, "value": value, "unit": unit, "peer": peer, "peer_value": peer_value, "ratio": ratio,
+            "goal": goal}  # fmt: skip
+
+
+def allocator_peak(config: dict, recipe: Recipe) -> int:
+    """Bytes above what stays at the fullest of an untraced step, from the events of torch's CPU allocator."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = build(config, recipe)
+        optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe)
+        ids = torch.randint(3, config["vocab_size"], (recipe.batch, recipe.seq))
+
+        def step() -> None:
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return peak_bytes(step)
+
+
+RESIDENT = """
+import ctypes, sys, torch
+from pathlib import Path
+from finetune_lab.lab.models import load
+torch.set_num_threads(1)
+model, _ = load("tiny")
+model.train()
+optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+ids = torch.randint(3, 1700, (BATCH, SEQ))
+def step():
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+def resident(what):
+    return next(int(l.split()[1]) * 1024 for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(what))
+step()
+ctypes.CDLL(None).malloc_trim(0)
+before = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+step()
+print(resident("VmHWM") - before)
+"""
+
+
+def resident_peak(batch: int, seq: int) -> int:
+    """Growth of the process's resident memory in one step of the tiny model (a fresh process, Linux only)."""
+    code = RESIDENT.replace("BATCH", str(batch)).replace("SEQ", str(seq))
+    # every tensor gets pages of its own and gives them back, so that the process is no larger than its tensors
+    settings = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"the measured process failed: {done.stderr.strip().splitlines()[-1:]}")
+    return int(done.stdout.split()[-1])
+
+
+def witnesses(cells: list[tuple[str, Recipe]]) -> list[dict]:
+    """Two measures that do not go through the tracker: the allocator's events, and the process itself."""
+    rows = []
+    for family, recipe in cells:
+        config = SIZES | FAMILIES[family]
+        mine = estimated(from_config(config), recipe, traced=False)["above"]
+        true = allocator_peak(config, recipe)
+        rows.append(row(f"untraced: {name_of(family, recipe)}", mine, "bytes", "allocator events", true,
+                        apart(mine, true), "<= 1.01"))  # fmt: skip
+    if CLEAR.exists():
+        recipe = Recipe(method="full", dtype="fp32", batch=16, seq=256)
+        mine = estimated(from_config(TINY), recipe, traced=False)["above"]
+        true = resident_peak(recipe.batch, recipe.seq)
+        rows.append(row("tiny model, one step: resident memory", mine, "bytes", "process (VmHWM)", true,
+                        apart(mine, true), "<= 1.05"))  # fmt: skip
+    return rows
+
+
+def accelerate_rule(architecture: Architecture, recipe: Recipe) -> int:
+    """`accelerate estimate-memory`, column "training using Adam": the fullest of its stages."""
+    kind = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[recipe.dtype]
+    return max(estimate_training_usage(4 * architecture.parameters(), kind).values())
+
+
+RULES = {
+    "accelerate estimate-memory": accelerate_rule,
+    "16 bytes a trained parameter": sixteen_bytes,
+    "16 bytes and 2bshL (course notes)": notes,
+    "16 bytes and 34sbh + 5as²b (2205.05198)": korthikanti,
+}
+
+
+def errors_of_rules(cells: list[tuple[Architecture, Recipe, int]], what: str) -> list[dict]:
+    """For each rule the median and the worst error in percent of the true peak."""
+    rows = []
+    for name, rule in RULES.items():
+        errors = [100 * (rule(architecture, recipe) / true - 1) for architecture, recipe, true in cells]
+        worst = max(errors, key=abs)
+        rows.append(row(f"{name}, {what}: median |error|", median(abs(e) for e in errors), "%"))
+        rows.append(row(f"{name}, {what}: worst error", worst, "%"))
+    return rows
+
+
+def popular() -> list[tuple[Architecture, Recipe]]:
+    """Llama-3.2-1B and Llama-3.1-8B in the recipes people run."""
+    sizes = {
+        "1B": {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "tie_word_embeddings": True},
+        "8B": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336},
+    }
+    shared = {"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+    return [
+        (from_config(shared | size, name), Recipe(method=method, seq=seq, checkpointing=checkpointing))
+        for name, size in sizes.items()
+        for method in ("full", "lora", "dora", "qlora")
+        for seq in (512, 2048)
+        for checkpointing in (False, True)
+    ]
+
+
+def run(quick: bool) -> list[dict]:
+    """Claims first, then the worst cells, the second witnesses, the usual rules, and a row for every configuration."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    cells = configurations()
+    cells = cells[:8:2] + cells[36:38] + cells[-6:-4] if quick else cells
+    found, exact = [], {key: 0 for key in EXACT}
+    for family, recipe in cells:
+        config = SIZES | FAMILIES[family]
+        true, mine = truth(config, recipe), estimated(from_config(config), recipe)
+        for key in EXACT:
+            exact[key] = max(exact[key], abs(mine[key] - true[key]))
+        goal = "<= 1.001" if family in LLAMA else "<= 1.01"
+        found.append(row(f"{name_of(family, recipe)} (peak: {mine['moment']})", mine["peak"], "bytes", "live bytes",
+                         true["peak"], apart(mine["peak"], true["peak"]), goal))  # fmt: skip
+    llama = [r for r, (family, _) in zip(found, cells, strict=True) if family in LLAMA]
+    others = [r for r in found if r not in llama]
+    rows = [row("configurations", len(cells), "", goal=None if quick else ">= 60")]
+    rows += [row(f"{key}: largest difference", size, "bytes", goal="<= 0") for key, size in exact.items()]
+    for name, group, goal in (("llama family", llama, "<= 1.001"), ("other families", others, "<= 1.01")):
+        worst = max(group, key=lambda r: r["ratio"])
+        rows.append(row(f"peak, {name}: worst of {len(group)}", worst["value"], "bytes", "live bytes",
+                        worst["peer_value"], worst["ratio"], goal))  # fmt: skip
+    equal = sum(r["value"] == r["peer_value"] for r in found)
+    rows.append(row("peaks equal to the byte", equal, f"of {len(found)}"))
+    for place, cell in enumerate(sorted(found, key=lambda r: -r["ratio"])[:3], start=1):
+        rows.append(row(f"worst cell {place}: {cell['name']}", cell["value"], "bytes", "live bytes",
+                        cell["peer_value"], cell["ratio"]))  # fmt: skip
+    rows += witnesses(WITNESSES[:1] if quick else WITNESSES)
+    same = [(from_config(SIZES | FAMILIES[family]), recipe, r["peer_value"])
+            for (family, recipe), r in zip(cells, found, strict=True)]  # fmt: skip
+    rows += errors_of_rules(same, "same configurations")
+    shapes = [(architecture, recipe, estimate(architecture, recipe).peak) for architecture, recipe in popular()]
+    rows += errors_of_rules(shapes, "Llama 1B and 8B (peer: the estimate)")
+    return rows + found

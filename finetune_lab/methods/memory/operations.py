@@ -34,7 +34,10 @@ def to(tape: Tape, x: Value, size: int) -> Value:
 
 def add(tape: Tape, a: Value, b: Value) -> Value:
     """a + b with broadcasting and the wider dtype; saves nothing, both gradients are the incoming one."""
-    return tape.apply([a, b], [], same, max(a.n, b.n), max(a.size, b.size))
+    cast = promoted(tape, a, b)
+    out = tape.apply([a, b], [], same, max(a.n, b.n), max(a.size, b.size))
+    del cast
+    return out
 
 
 def mul(tape: Tape, a: Value, b: Value) -> Value:
@@ -44,7 +47,17 @@ def mul(tape: Tape, a: Value, b: Value) -> Value:
         return [tape.new(g.n, g.size) if w else None for w in wanted]
 
     saves = [a] * (b.node is not None) + [b] * (a.node is not None)
-    return tape.apply([a, b], saves, backward, max(a.n, b.n), max(a.size, b.size))
+    cast = promoted(tape, a, b)
+    out = tape.apply([a, b], saves, backward, max(a.n, b.n), max(a.size, b.size))
+    del cast
+    return out
+
+
+def promoted(tape: Tape, a: Value, b: Value) -> Value | None:
+    """The wider copy of the narrower operand that a CPU kernel makes for itself; CUDA kernels cast while they read."""
+    if a.size == b.size or tape.device != "cpu" or not tape.scratch:
+        return None
+    return tape.new(min(a, b, key=lambda v: v.size).n, max(a.size, b.size))
 
 
 def divide(tape: Tape, a: Value, b: Value) -> Value:

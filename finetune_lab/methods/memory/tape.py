@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import Callable
 
+RNG_STATE = 5056  # bytes of the CPU generator's state, which a checkpoint keeps
 ALONE = 2  # references to a storage that only one Value holds, as sys.getrefcount counts them
 
 
@@ -68,7 +69,7 @@ class Stop(Exception):
 class Frame:
     """One checkpointed call: its function and input; what it saved is recomputed when first asked for."""
 
-    __slots__ = ("call", "found", "given", "places")
+    __slots__ = ("call", "found", "generator", "given", "places")
 
     def __init__(self, call: Callable, given: tuple) -> None:
         self.call, self.given, self.found = call, given, None
@@ -180,6 +181,8 @@ class Tape:
     def checkpoint(self, call: Callable, *given: object) -> Value:
         """Run `call(*given)` and keep nothing but `given` (torch.utils.checkpoint, use_reentrant=False)."""
         self.frame = Frame(call, given)
+        if self.device == "cpu" and self.scratch:
+            self.frame.generator = self.new(RNG_STATE, 1)
         out = call(*given)
         self.frame = None
         return out
