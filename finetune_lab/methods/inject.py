@@ -11,6 +11,7 @@ In production: `peft.get_peft_model`, `PeftModel.set_adapter`, `add_weighted_ada
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import nn
@@ -100,7 +101,8 @@ def set_adapter(model: nn.Module, adapter: str | None) -> nn.Module:
         model.set_submodule(path, old.base)
     for path, new in adapters(model).get(adapter, {}).items():
         base = model.get_submodule(path)
-        model.set_submodule(path, new.to(next(base.parameters(), new.A).device).train(model.training))
+        home = next(chain(base.parameters(), base.buffers())).device
+        model.set_submodule(path, new.to(home).train(model.training))
     return model
 
 

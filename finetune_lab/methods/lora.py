@@ -8,6 +8,7 @@ In production: `peft.LoraConfig`, `peft.tuners.lora.Linear`.
 """
 
 import math
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +42,7 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = features(base)
         if r < 1:
             raise ValueError(f"r is {r}: the rank must be a whole number of at least 1")
-        like = next(base.parameters(), None)
-        like = next(base.buffers()) if like is None else like
+        like = next(chain(base.parameters(), base.buffers()))  # a 4-bit layer has buffers only
         dtype = dtype or torch.promote_types(like.dtype, torch.float32)
         self.base = base.requires_grad_(False)
         self.A = nn.Parameter(torch.empty(r, self.in_features, dtype=dtype, device=like.device))
