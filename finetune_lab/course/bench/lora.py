@@ -9,6 +9,7 @@ bf16 figures hold for CPUs with AVX512-BF16; on a GPU everything else is differe
 Why some goals are missed is arithmetic (rows "floor") and memory traffic (rows "profile").
 """
 
+import functools
 import warnings
 import weakref
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from finetune_lab.methods.lora_fused import FusedDoRALinear, FusedLoRALinear, do
 NAME = "lora"
 HELP = "LoRA and DoRA: time and memory against peft and against the frozen layer alone"
 
-FULL = {"tokens": 512, "widths": {1024: 60, 2048: 24, 4096: 7}, "ranks": (8, 64),  # width -> rounds
+FULL = {"tokens": 512, "widths": {1024: 41, 2048: 17, 4096: 5}, "ranks": (8, 64),  # width -> rounds
         "lora": {1024: "<= 1.1", 2048: "<= 1.05"}, "dora": "<= 1.06"}  # fmt: skip
 QUICK = {"tokens": 512, "widths": {1024: 11}, "ranks": (8,),  # few rounds: room for a noisy machine
          "lora": {1024: "<= 1.6"}, "dora": "<= 1.3"}  # fmt: skip
@@ -83,12 +84,11 @@ def contestants(width: int, r: int, dtype: torch.dtype, weight: Tensor | None = 
 def step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], list[Tensor]]:
     """A function that runs forward and backward; returns output, gradient of x and of the trained parameters."""
     order = ("A", "lora_A", "B", "lora_B", "magnitude", "lora_magnitude")
-    trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
-    trained = [p for key in order for name, p in trained.items() if name.split(".")[0].startswith(key)]
-    trained = list(dict.fromkeys(trained))
+    found = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    trained = list(dict.fromkeys(p for key in order for name, p in found.items() if name.startswith(key)))
 
     def run() -> list[Tensor]:
-        x.grad = None
+        x.grad = None  # as after zero_grad(set_to_none=True)
         for p in trained:
             p.grad = None
         y = layer(x)
@@ -96,6 +96,11 @@ def step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], list[Tensor]
         return [y.detach(), x.grad, *(p.grad for p in trained)]
 
     return run
+
+
+def gradients(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    """Forward and backward that leave nothing behind: what `peak_bytes` needs."""
+    return torch.autograd.grad(layer(x), [x, *(p for p in layer.parameters() if p.requires_grad)], grad)
 
 
 def parts(layer: FusedDoRALinear, x: Tensor, grad: Tensor) -> dict[str, Callable[[], object]]:
@@ -191,7 +196,7 @@ def compare(width: int, r: int, dtype_name: str, size: dict) -> list[dict]:
     for mine in ("LoRA", "DoRA"):
         names = (mine, f"peft {mine}")
         saved = {name: saved_bytes(layers[name], lambda name=name: layers[name](x)) for name in names}
-        peak = {name: peak_bytes(steps[name]) for name in names}
+        peak = {name: peak_bytes(functools.partial(gradients, layers[name], x, grad)) for name in names}
         for what, found in (("saved", saved), ("peak", peak)):
             add(f"{mine}: {what} bytes over peft", found[mine], "bytes", names[1], found[names[1]],
                 found[mine] / found[names[1]])  # fmt: skip
