@@ -5,11 +5,11 @@ values at a time (256 MiB of distances), and for restoring the plain look-up wit
 and again, which bitsandbytes 0.50.2 cannot on a CPU; "fresh memory" allocates as it does.
 Errors: relative to the variance of the weights. SmolLM2's weights here were restored from a 4-bit file (Q4_1, blocks of
 32), so that formats of equal steps look better on them than on weights never rounded; without its files its rows are
-left out, and one row says so. Scores: the tiny model fine-tuned on tickets, adapter merged, then rounded; five seeds.
+left out, and one row says so. Scores: the tiny model fine-tuned on tickets, adapter merged, then rounded; one seed, to
+see whether anything breaks (`bench qlora` has five).
 """
 
-import functools
-from statistics import mean, median, stdev
+from statistics import median
 
 import bitsandbytes as bnb
 import torch
@@ -30,8 +30,8 @@ NAME = "nf4"
 HELP = "NF4 against bitsandbytes on the CPU: speed, bits, errors of formats, block sizes and code books, faults"
 
 FULL = {"shapes": {"fp32": [(1024, 1024), (2048, 2048), (4096, 4096)], "bf16": [(2048, 2048), (8192, 4096)]},
-        "rounds": 7, "goals": (">= 6", ">= 20"), "samples": 2**20, "seeds": 5, "items": 40, "layers": (1024, 2048)}  # fmt: skip
-QUICK = {"shapes": {"fp32": [(1024, 1024)]}, "rounds": 5, "goals": (">= 2", ">= 5"), "samples": 2**16, "seeds": 0,
+        "rounds": 7, "goals": (">= 6", ">= 20"), "samples": 2**20, "items": 40, "layers": (1024, 2048)}  # fmt: skip
+QUICK = {"shapes": {"fp32": [(1024, 1024)]}, "rounds": 5, "goals": (">= 2", ">= 5"), "samples": 2**16,
          "items": 20, "layers": (256,)}  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LARGE = 64e6  # bytes of output from which fresh memory decides bitsandbytes' time
@@ -143,29 +143,21 @@ def base_rows(name: str, items: int, formats: list) -> list[dict]:
     return rows
 
 
-@functools.cache
-def tuned_scores(seed: int, items: int) -> dict[str, float]:
-    """Exact match of tickets for the fine-tuned tiny model, adapter merged: as it is, and rounded to each format."""
+def tuned_rows(items: int, seed: int = 0) -> list[dict]:
+    """Exact match of tickets for the fine-tuned tiny model, adapter merged: as it is (peer), and rounded."""
     recipe = TINY.recipes["extract"]
     model, tokenizer = load("tiny", seed=seed)
     model = train.add_lora(model, recipe.rank, seed=seed)
     data = tasks.load_task("extract", "train", recipe.items, seed)
     train.sft(model, tokenizer, data, steps=recipe.steps, batch_size=recipe.batch_size, lr=recipe.lora_lr, seed=seed)
-    model = model.merge_and_unload()
-    found = {"fp32": evaluate(model, tokenizer, "extract", items)["exact_match"]}
+    model, rows = model.merge_and_unload(), []
+    whole = evaluate(model, tokenizer, "extract", items)["exact_match"]
     for label, block in MODEL_FORMATS:
         with rounded(model, FORMATS[label], block):
-            found[f"{label}, block {block}"] = evaluate(model, tokenizer, "extract", items)["exact_match"]
-    return found
-
-
-def tuned_rows(seeds: int, items: int) -> list[dict]:
-    runs = [tuned_scores(seed, items) for seed in range(seeds)]
-    return [
-        row(f"tiny fine-tuned on tickets, {label}: exact match{end}", summary(run[label] for run in runs),
-            peer="fp32", peer_value=summary(run["fp32"] for run in runs))
-        for label in runs[0] if label != "fp32" for end, summary in (("", mean), (", standard deviation", stdev))
-    ]  # fmt: skip
+            found = evaluate(model, tokenizer, "extract", items)["exact_match"]
+        rows.append(row(f"tiny fine-tuned on tickets, {label}, block {block}: exact match, one seed", found, peer="fp32",
+                        peer_value=whole))  # fmt: skip
+    return rows
 
 
 def layer_rows(width: int, rounds: int) -> list[dict]:
@@ -240,17 +232,16 @@ def run(quick: bool) -> list[dict]:
     try:
         rows = [r for dtype, shapes in size["shapes"].items() for shape in shapes for r in speed(dtype, shape, size)]
         rows += bits()
-        kinds = weights_by_kind(size["samples"], real=not quick)
-        rows += error_rows(kinds)
-        rows += [row(f"code book: {what}", *found) for what, found in optimality(kinds["Gaussian"]).items()]
         for width in size["layers"]:
             rows += layer_rows(width, size["rounds"])
         rows += adam_rows() + fault_rows()
+        kinds = weights_by_kind(size["samples"], real=not quick)  # from here on nothing is timed
+        rows += error_rows(kinds)
+        rows += [row(f"code book: {what}", *found) for what, found in optimality(kinds["Gaussian"]).items()]
         rows += base_rows("tiny", size["items"], MODEL_FORMATS[:2] if quick else MODEL_FORMATS)
-        if size["seeds"]:
-            rows += tuned_rows(size["seeds"], size["items"])
+        if not quick:
+            rows += tuned_rows(size["items"])
             if "smollm2" in kinds:
-                torch.set_num_threads(1)  # loading it took all of them
                 rows += base_rows("smollm2-135m", 24, MODEL_FORMATS)
             else:
                 rows.append(row("smollm2: left out, its files are not on this machine", 1, "count"))
