@@ -24,7 +24,7 @@ def test_two_processes_have_the_loss_curve_of_one_with_the_same_global_batch(rec
         "--out", str(tmp_path / "two"),
     ]  # fmt: skip
     done = subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=240,
+        command, check=False, capture_output=True, text=True, timeout=280,
         env={**os.environ, "ACCELERATE_USE_FSDP": "true", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

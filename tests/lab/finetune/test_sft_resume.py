@@ -19,7 +19,7 @@ def driven(tmp_path_factory):
     folder, seed = tmp_path_factory.mktemp("resume"), random.randrange(10**6)
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("resume_driver.py"), folder, str(seed)],
-        check=False, capture_output=True, text=True, timeout=290,
+        check=False, capture_output=True, text=True, timeout=580,
     )  # fmt: skip
     logs = "".join(log.read_text()[-2000:] for log in folder.glob("*/log.txt"))
     assert done.returncode == 0, f"seed {seed}\n{done.stderr[-2000:]}\n{logs}"
@@ -27,7 +27,7 @@ def driven(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_run_killed_at_random_steps_ends_with_the_same_weights_and_losses(driven, method):
     seen = driven[method]
