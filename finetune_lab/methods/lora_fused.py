@@ -90,15 +90,16 @@ def _fits(layer: LoRALinear, x: Tensor) -> bool:
 
 
 class _LoRA(torch.autograd.Function):
-    """y = x W^T + bias + x A^T (s B)^T."""
+    """y = x W^T + bias + s x A^T B^T."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
-        a, b_t = _thin(x, A, B, s)
-        down, y = F.linear(x, a), F.linear(x, weight, bias)  # (..., r), (..., out)
-        y.view(-1, y.shape[-1]).addmm_(down.view(-1, len(a)), b_t)
-        ctx.save_for_backward(x, weight, A, B, down)  # A and B are parameters: the thin copies are made again
-        ctx.s = s
+        rows, a, b_t = _thin(x, A, B)
+        down = F.linear(rows, a).mul_(s)  # (N, r)
+        y = F.linear(x, weight, bias)
+        y.view(-1, len(weight)).addmm_(down, b_t)
+        ctx.save_for_backward(rows, weight, a, b_t, down)
+        ctx.s, ctx.shape, ctx.dtype = s, x.shape, A.dtype
         return y
 
     @staticmethod
@@ -109,21 +110,22 @@ class _LoRA(torch.autograd.Function):
 
 
 class _DoRA(torch.autograd.Function):
-    """y = g * z + bias with z = x W^T + x A^T (s B)^T, g = m / norm and the norm a constant.
+    """y = g * z + bias with z = x W^T + s x A^T B^T, g = m / norm and the norm a constant.
 
     Since d y / d m = z / norm = g z / m, the gradient of m needs no z: the output without its bias is enough.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, m: Tensor, norm: Tensor, s: float) -> Tensor:
-        a, b_t = _thin(x, A, B, s)
+        rows, a, b_t = _thin(x, A, B)
         m = torch.where(m == 0, TINY, m)  # else g z would forget z, and m would never leave zero
         g = (m / norm).to(x.dtype)
-        down, y = F.linear(x, a), F.linear(x, weight)
-        y.view(-1, y.shape[-1]).addmm_(down.view(-1, len(a)), b_t)
+        down = F.linear(rows, a).mul_(s)  # (N, r)
+        y = F.linear(x, weight)
+        y.view(-1, len(weight)).addmm_(down, b_t)
         y.mul_(g)
-        ctx.save_for_backward(x, weight, A, B, down, y, g, m)
-        ctx.s = s
+        ctx.save_for_backward(rows, weight, a, b_t, down, y, g, m)
+        ctx.s, ctx.shape, ctx.dtype = s, x.shape, A.dtype
         return y if bias is None else y + bias
 
     @staticmethod
@@ -138,19 +140,17 @@ class _DoRA(torch.autograd.Function):
         return grad_x, None, None, grad_A, grad_B, grad_m, None, None
 
 
-def _thin(x: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
-    """A (r, in) and s B^T (r, out) in the dtype of x, contiguous: the matrix products like that best."""
-    return A.to(x.dtype), torch.mul(B.T, s, out=torch.empty(B.shape[::-1], dtype=x.dtype, device=B.device))
+def _thin(x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x as (N, in); A (r, in) and B^T (r, out) in its dtype, contiguous: the matrix products like that best."""
+    return x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.T.to(x.dtype).contiguous()
 
 
-def _backward(ctx, grad: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, down: Tensor):
-    """Gradients of x, A and B for grad (N, out) at x W^T + x A^T (s B)^T."""
-    a, b_t = _thin(x, A, B, ctx.s)
-    grad_down = F.linear(grad, b_t)  # (N, r)
-    grad_B_t = down.view(-1, len(a)).T @ grad  # (r, out): 5 times faster than grad.T @ down
-    grad_B = torch.mul(grad_B_t.T, ctx.s, out=torch.empty_like(B))
+def _backward(ctx, grad: Tensor, rows: Tensor, weight: Tensor, a: Tensor, b_t: Tensor, down: Tensor):
+    """Gradients of x, A and B for grad (N, out) at x W^T + s x A^T B^T; few calls, each costs as much as a thin product."""
+    grad_B = (down.T @ grad).to(ctx.dtype).T  # 5 times faster than grad.T @ down
+    grad_down = F.linear(grad, b_t).mul_(ctx.s)  # (N, r)
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = (grad @ weight).addmm_(grad_down, a).view(x.shape)
-    grad_A = (grad_down.T @ x.reshape(-1, x.shape[-1])).to(A.dtype)
+        grad_x = (grad @ weight).addmm_(grad_down, a).view(ctx.shape)
+    grad_A = (grad_down.T @ rows).to(ctx.dtype)
     return grad_x, grad_A, grad_B
