@@ -194,6 +194,7 @@ def one_sentence(result, words):
         (["llama-3.2-1b", "--fit"], "--fit needs a size"),
         (["llama-3.2-1b", "--gpu", "RTX-9999"], "no card 'RTX-9999'"),
         (["llama-3.2-1b", "--targets", "x_proj"], "target 'x_proj'"),
+        (["mixtral-8x7b"], "mixture of experts"),
         (["llama-3.2-1b", "--zero", "2", "--sharding", "fsdp"], "contradict"),
         (["llama-3.2-1b", "--ranks", "4"], "4 ranks without sharding"),
         (["llama-3.2-1b", "--plot", "no-such-folder/x.png"], "cannot be written"),

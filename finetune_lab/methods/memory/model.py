@@ -134,6 +134,10 @@ class Decoder:
 
     def mlp(self, x: Value) -> Value:
         tape = self.tape
+        if self.a.experts:
+            raise ValueError(
+                f"{self.a.name} is a mixture of experts: what its experts keep for backward is not modelled; give a dense model"
+            )
         if self.a.traits.fused:
             up = self.linear(x, "gate_up_proj")
             gate, up = op.halves(tape, up)
