@@ -27,8 +27,10 @@ from finetune_lab import cli
 from finetune_lab.course import topics, troubleshooting
 from finetune_lab.course.drills import detectors, toys
 from finetune_lab.errors import UserError
+from finetune_lab.lab.meter import held_over_time
 from finetune_lab.lab.models import tiny_folder
 from finetune_lab.methods import loss, packing, preference
+from finetune_lab.methods.memory.tensors import held_bytes
 
 ROWS = troubleshooting.load()
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
@@ -574,6 +576,44 @@ def test_grpo_loss_zero():
 
 
 # ---- machines ----
+
+
+def test_memory_grows_each_step():
+    model, ids = llama(), torch.arange(16)[None]
+    losses, numbers = [], []
+
+    def steps(keep):
+        curves = held_over_time({n: lambda: keep(model(input_ids=ids, labels=ids).loss) for n in ("1", "2", "3")})
+        return [curve[-1] for curve in curves.values()]
+
+    leaked = steps(losses.append)
+    assert leaked[2] - leaked[1] == leaked[1] - leaked[0] > 16 * 64 * 4
+    assert steps(lambda loss: numbers.append(loss.item()))[2] == 0
+
+
+def test_checkpointing_saves_nothing():
+    def peaks(checkpointing, tokens):
+        model, kept = llama(num_hidden_layers=3).train(), {}
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        optimizer, ids = torch.optim.AdamW(model.parameters(), lr=0.0), torch.arange(tokens)[None] % 64
+        phases = {"forward": lambda: kept.update(loss=model(input_ids=ids, labels=ids).loss),
+                  "backward": lambda: kept.pop("loss").backward(), "step": optimizer.step,
+                  "zero": optimizer.zero_grad}  # fmt: skip
+        tops = {phase: max(curve) for phase, curve in held_over_time(phases).items()}
+        return max(tops, key=tops.get), max(tops.values())
+
+    assert peaks(False, 2) == peaks(True, 2) and peaks(True, 2)[0] == "step"  # few tokens: the peak is the optimizer's
+    assert peaks(True, 256)[1] < 0.7 * peaks(False, 256)[1]
+
+
+def test_out_of_memory_in_the_first_step():
+    model, ids = llama(), torch.arange(8)[None]
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert held_bytes(model, optimizer)["optimizer"] == 0
+    optimizer.step()
+    assert held_bytes(model, optimizer)["optimizer"] >= 8 * sum(p.numel() for p in model.parameters())
 
 
 def test_slow_long_rows():
