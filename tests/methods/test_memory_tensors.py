@@ -81,6 +81,17 @@ def test_a_storage_saved_twice_is_counted_once():
     assert tensors.saved_bytes(lambda: (x * 2).square().square().sum(), [x]) == 2 * 10 * 4
 
 
+def test_a_graph_that_forward_throws_away_is_not_counted():
+    x = torch.ones(100, requires_grad=True)
+
+    def forward():
+        (x.exp() * x).sum()  # nobody keeps it
+        return x.square().sum()
+
+    assert tensors.saved_bytes(forward, []) == 100 * 4
+    assert tensors.saved_bytes(forward, [x]) == 0
+
+
 def test_the_output_layer_and_embeddings_are_not_quantised():
     model = llama(tie_word_embeddings=False)
     linears = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)

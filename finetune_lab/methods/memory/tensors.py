@@ -8,6 +8,7 @@ Leaves out: temporary buffers inside an operation and the allocator's rounding (
 In production: `torch.cuda.memory_allocated`, `torch.distributed._tools.mem_tracker.MemTracker`.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 
 import torch
@@ -35,22 +36,27 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     """Bytes that autograd keeps for backward when `forward()` has returned: each storage once, parameters not at all.
 
+    A graph that `forward()` itself throws away (DoRA's norm in peft) is not counted.
     With checkpointing it sees what is kept between forward and backward, not what one layer recomputes.
     Source: `torch.autograd.graph.saved_tensors_hooks`.
     """
     own = {p.untyped_storage().data_ptr() for p in parameters}
-    kept = {}
+    saved = weakref.WeakSet()
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        data = tensor.detach()  # without its history: a saved output would keep its own graph alive
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()  # keeps the graph alive: a freed address could be used twice
+        def box():  # lives as long as the graph that holds it
+            return data
+
+        saved.add(box)
+        return box
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box()):
+        result = forward()
+    storages = [box().untyped_storage() for box in saved]
     del result
-    return sum(kept.values())
+    return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}.values())
 
 
 def layer_saved_bytes(hidden: int, intermediate: int, q_width: int, kv_width: int, heads: int) -> int:
