@@ -22,7 +22,7 @@ def register(subparsers) -> None:
     """Add the command `sft` to the command line."""
     from finetune_lab.lab.finetune.recipe import SftRecipe
 
-    line = "fine-tune a model on your own data: LoRA, DoRA, QLoRA or full"
+    line = "fine-tune a model on your own data, and get a report"
     parser = subparsers.add_parser(
         "sft", help=line, description=line, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
