@@ -48,7 +48,7 @@ LEVERS = (
           lambda r: _if(r.update == "foreach", update="fused")),
     Lever("loss only where there is a label", "nothing: the same loss, logits of the other positions are not made",
           lambda r: _if(r.logits == "full" and r.labelled < 1, logits="labelled")),
-    Lever("chunked cross-entropy", "the head's product is made again in backward",
+    Lever("chunked cross-entropy", "another loss function: methods.loss.chunked_loss, Liger or TRL",
           lambda r: _if(r.logits != "chunked", logits="chunked")),
     Lever("sdpa attention", "nothing: the same attention without the (seq, seq) matrix",
           lambda r: _if(r.attention == "eager", attention="sdpa")),
