@@ -96,7 +96,7 @@ def _step(architecture: Architecture, recipe: Recipe, device: str, traced: bool,
     return tuple(moments)
 
 
-def update_bytes(found: list[Tensor], recipe: Recipe) -> int:
+def update_bytes(found: list[Tensor], recipe: Recipe, layers: int) -> int:
     """Temporaries of `optimizer.step()` at their fullest.
 
     fused: none. foreach: one list as large as the second moments. loop: for each tensor the square root and the
@@ -108,7 +108,10 @@ def update_bytes(found: list[Tensor], recipe: Recipe) -> int:
     if recipe.optimizer not in ("adamw", "galore-adamw") or recipe.update == "fused":
         return 0
     size = DTYPES[recipe.optimizer_dtype] if recipe.optimizer_dtype else 4 if recipe.master_weights else None
-    sizes = [t.numel * (size or t.size) for t in found if t.trained for _ in range(min(t.copies, 2))]
+    inner = [i for i, t in enumerate(found) if t.name.endswith(("_proj", "norms"))]  # the first and last of a layer
+    layer = [t for t in found[inner[0] : inner[-1] + 1] for _ in range(t.copies // layers)]
+    order = found[: inner[0]] + layer * min(layers, 2) + found[inner[-1] + 1 :]
+    sizes = [t.numel * (size or t.size) for t in order if t.trained]
     if recipe.update == "foreach":
         return sum(t.copies * t.numel * (size or t.size) for t in found if t.trained)
     return max((2 * now + before for before, now in zip([0, *sizes], sizes, strict=False)), default=0)
@@ -144,7 +147,7 @@ def estimate(architecture: Architecture, recipe: Recipe, device: str = "cuda", t
         if moment == "end of forward":
             extra += reference_moments(recipe, kinds, frozen)
     update = dict(step["end of backward"])
-    update["temporaries"] = update.get("temporaries", 0) + update_bytes(found, recipe)
+    update["temporaries"] = update.get("temporaries", 0) + update_bytes(found, recipe, architecture.layers)
     extra.append(("optimizer step", update))
     moments = [("after loading", dict(stays))]
     moments += [(name, {k: stays.get(k, 0) + alive.get(k, 0) for k in stays | alive}) for name, alive in extra]

@@ -74,13 +74,13 @@ def tensors(architecture: Architecture, recipe: Recipe) -> list[Tensor]:
             found.append(Tensor(f"{linear.name}.lora_B", (linear.fan_out, recipe.rank), small, **own))
             if recipe.dora:  # made from the base weight's norm, then cast like the rest of the adapter
                 found.append(Tensor(f"{linear.name}.magnitude", (linear.fan_out,), small, **own))
+        if linear.name == "o_proj" and architecture.traits.qk_norm:
+            found += [Tensor(f"{x}_norm", (architecture.head_dim,), rest, layers, trained=full) for x in "qk"]
     if architecture.experts:
         wide = architecture.expert_intermediate
         found.append(Tensor("router", (architecture.experts, h), rest, layers, trained=full))
         found.append(Tensor("experts.gate_up_proj", (architecture.experts, 2 * wide, h), base, layers, trained=full))
         found.append(Tensor("experts.down_proj", (architecture.experts, h, wide), base, layers, trained=full))
-    if architecture.traits.qk_norm:
-        found.append(Tensor("q_norm, k_norm", (architecture.head_dim,), rest, 2 * layers, trained=full))
     found.append(Tensor("norms", (h,), rest, architecture.traits.norms * layers, trained=full))
     found.append(Tensor("norm", (h,), rest, trained=full))
     if recipe.objective == "reward":
