@@ -181,6 +181,9 @@ class Tape:
     def checkpoint(self, call: Callable, *given: object) -> Value:
         """Run `call(*given)` and keep nothing but `given` (torch.utils.checkpoint, use_reentrant=False)."""
         self.frame = Frame(call, given)
+        for value in given:
+            if isinstance(value, Value) and value.storage.kind == "temporaries":
+                value.storage.become("activations")
         if self.device == "cpu" and self.scratch:
             self.frame.generator = self.new(RNG_STATE, 1)
         out = call(*given)
