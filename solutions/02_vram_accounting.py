@@ -21,6 +21,7 @@
 
 # %%
 import copy
+import weakref
 
 import torch
 from torch import nn
@@ -237,8 +238,8 @@ for name, make in makers.items():
 
 # %% [markdown]
 # 8-bit AdamW (2110.02861) keeps each moment in one byte, with a scale for every 256 numbers; small tensors stay fp32.
-# *Paged* optimizers put the states where driver and CPU share pages: they move only when the card is full (on a CPU
-# bitsandbytes falls back to plain ones). *Offload* keeps master weights and moments in the CPU's memory for good: each step
+# Adafactor keeps row and column sums instead of v, and no m. *Paged* optimizers put the states where driver and CPU share
+# pages: they move only when the card is full (lesson 04 simulates it; on a CPU bitsandbytes falls back to plain ones). *Offload* keeps master weights and moments in the CPU's memory for good: each step
 # sends gradients down and weights up, 2 + 2 bytes a parameter. What that buys, by arithmetic, at 25 GB/s:
 
 # %%
@@ -250,8 +251,9 @@ for name, trained in {"full fine-tuning of 7B": 7e9, "LoRA, 40M parameters": 40e
 # ## What autograd keeps
 # So much for what sits still. Our step was dominated by the rest: **activations**, which forward leaves for backward.
 # ### Exercise 2.3 · Bytes saved for backward (10 minutes)
-# `torch.autograd.graph.saved_tensors_hooks(pack, unpack)` calls `pack(tensor)` for each tensor that autograd saves. Weights
-# are saved too, but they exist anyway.
+# `torch.autograd.graph.saved_tensors_hooks(pack, unpack)` calls `pack(tensor)` for each tensor that autograd saves; what pack
+# returns is kept, and `unpack` makes the tensor of it again. Weights are saved too, but they exist anyway. A dict, address ->
+# bytes, will do. (The reference hands out boxes and keeps weak references, so that graphs which die in forward drop out.)
 
 
 # %%
@@ -259,18 +261,22 @@ def saved_bytes(forward, parameters) -> int:
     """Bytes kept for backward once forward() has returned: each storage once, those of `parameters` not at all."""
     # BEGIN SOLUTION
     own = {p.untyped_storage().data_ptr() for p in parameters}
-    kept = {}
+    saved = weakref.WeakSet()
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        data = tensor.detach()  # without its history: a saved output would keep its own graph alive
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()  # keeps the graph alive: a freed address could be used twice
+        def box():  # lives as long as the graph that holds it
+            return data
+
+        saved.add(box)
+        return box
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box()):
+        result = forward()
+    storages = [box().untyped_storage() for box in saved]
     del result
-    return sum(kept.values())
+    return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}.values())
     # END SOLUTION
 
 
@@ -319,7 +325,7 @@ print(f"everything else, mostly logits: {(three - 3 * formula * tokens) / tokens
 
 # %% [markdown]
 # Exact for Llama's family; other layers keep a little more (norms on heads, biases). The published formula describes GPT-3's
-# layer. Calculators copy it, and are a third too low for Llama, before they forget the logits.
+# layer. Calculators copy it: 25 % too low here, 31 % for Llama-3.1-8B, 46 % for Qwen2.5-7B. Then they forget the logits.
 #
 # ## Sequence length and FlashAttention
 # All this is *linear* in tokens. One thing is not: the score matrix, sequence × sequence for each head. FlashAttention
@@ -378,7 +384,8 @@ spike = per_logit[sft_loss] * 128_256
 predict.number("02-p3", guess, round(100 * spike / (spike + layers_1b)), unit="%")
 
 # %% [markdown]
-# Two bytes a logit are the smallest part: the fp32 copy, its log-softmax and the gradients come on top. That is where the
+# Not 2 bytes a logit, as `batch × sequence × vocabulary` in bf16 suggests: the fp32 copy, its log-softmax and the gradients
+# come on top. That is where the
 # "activation memory" of small models with large vocabularies sits. Score labelled positions only, or in chunks (lesson 01).
 #
 # ## Checkpointing's trade
@@ -518,15 +525,15 @@ for name, net in {"full": full, "LoRA": lora}.items():
 # %% [markdown]
 # peft keeps adapters in fp32 on a 16-bit base, so each adapter casts its input to fp32 and keeps *that* copy beside the
 # base's. Gradients and moments are nearly gone; activations grew; work fell by a third at most, since gradients still flow
-# through every frozen matrix. Ratios to full
-# fine-tuning at SmolLM2-135M's width, recorded by `finetune-lab bench levers --record` (compile: to eager):
+# through every frozen matrix. DoRA keeps even more: tensors as large as the weights, for its norms. Ratios to full
+# fine-tuning at SmolLM2-135M's width, recorded by `finetune-lab bench levers --record` (compile: to the same model without):
 
 # %%
 for row in bench.recorded("levers")["rows"]:
-    if row["ratio"] is not None:
+    if "first call" not in row["name"]:
         print(f"{row['name']:54} x {row['ratio']:.2f}")
-first = bench.figure("levers", "compile, two layers: first call")["value"]
-print(f"torch.compile: the first call took {first:.0f} s, so it is not run in this lesson")
+first = bench.figure("levers", "compile, two layers: first call")["ratio"]
+print(f"torch.compile: the first call costs as much as {first:.0f} steps, so it is not run in this lesson")
 
 # %% [markdown]
 # ## QLoRA's floor
@@ -600,22 +607,24 @@ for stage in range(4):
 
 # %% [markdown]
 # "112 GB needs 8 × A100" is a choice of speed: two cards of 80 GB hold the states, 56 GB each. Activations are *not*
-# sharded: each rank has its own batch.
+# sharded: each rank has its own batch. Stage 3 pays with half as much traffic again (lesson 13).
 
 # %% [markdown]
 # ## Will it fit? The estimator
 # `finetune_lab.methods.memory` does what you did, for any architecture and recipe: every line with its reason, every moment
-# of the step, the peak and its moment. Back to our step. Lever after lever, predicted and measured:
+# of the step, the peak and its moment. `LiveBytes` counts each tensor from birth to death in a real step: the proof, here and
+# in `finetune-lab bench vram`. Back to our step, lever after lever:
 
 # %%
+from finetune_lab.lab.livebytes import LiveBytes
 from finetune_lab.methods.memory import Recipe, estimate, from_config
 
 architecture = from_config(twin().config.to_dict(), "our model")
 
 
 def measured_peak(net, size: int = rows, labelled: bool = False) -> int:
-    """Bytes at the peak of one AdamW step on `size` rows: what exists before it, and what the allocator gives in it."""
-    part, kept = {name: x[:size] for name, x in batch.items()}, {}
+    """Bytes of all living tensors at the peak of one AdamW step on `size` rows."""
+    part, kept = {name: x[:size].clone() for name, x in batch.items()}, {}
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4)
     phases = step_phases(net, part, optimizer)
     base = net.get_base_model() if hasattr(net, "get_base_model") else net
@@ -626,9 +635,11 @@ def measured_peak(net, size: int = rows, labelled: bool = False) -> int:
 
     if labelled:
         phases |= {"forward": labelled_loss, "backward": lambda: kept.pop("loss").backward()}
-    curves = held_over_time(phases)
-    held = held_bytes(net, optimizer)
-    return held["weights"] + held["optimizer"] + max(max(curve) for curve in curves.values())
+    with LiveBytes() as live:
+        live.watch([*net.parameters(), *part.values()])
+        for phase in [*phases.values()] * 2:  # the states exist from the second step on
+            phase()
+    return live.peak
 
 
 # %%
@@ -646,16 +657,17 @@ for name, lever in levers.items():
         net.activation_checkpointing_enable()
     ledger = estimate(architecture, Recipe(**plan))
     real = measured_peak(net, plan["batch"], labelled="logits" in plan)
-    print(f"{name:18} predicted {ledger.peak / MB:6.1f}, measured {real / MB:6.1f} MB, peak: {ledger.peak_moment}")
+    print(f"{name:17} predicted {ledger.peak:13,}, measured {real:13,} bytes; peak: {ledger.peak_moment}")
 print(f"from {peak / MB:.0f} MB to {real / MB:.1f} MB: {peak / real:.0f} times less")
 
 # %% [markdown]
-# A lever moves the peak to another moment, and there the next one may do nothing. Logits at labelled positions: no gain once
-# the peak is a layer that is run again. LoRA, behind checkpointing and bf16: hardly any on this small model, since its fp32
-# adapters make each layer fatter. Ask for the moment first.
+# Predicted to the byte. Read the last column: a lever moves the peak to another moment, and there the next one may do nothing.
+# Logits at labelled positions gain nothing once the peak is a layer that is run again. LoRA, behind checkpointing and bf16,
+# gains hardly anything on this small model, since its fp32 adapters make each layer fatter. Ask for the moment first.
 #
 # The same estimator on models that you cannot load here. Move the sliders; watch *which moment* is the peak, and what moves
-# when you change rank, length or checkpointing.
+# when you change method, length or checkpointing. On a card two things come on top of the tensors, stated apart because no CPU
+# can prove them: the CUDA context, and what the allocator rounds and cannot fill.
 
 # %%
 from ipywidgets import Checkbox, Dropdown, SelectionSlider
@@ -708,9 +720,10 @@ with tracker:
         phase()
 theirs = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
 buffers = sum(b.untyped_storage().nbytes() for b in net.buffers())
-ours = measured_peak(net) + buffers
+ours = measured_peak(net) + buffers - sum(x.nbytes for x in batch.values())  # it sees no ids and labels
 kinds = {str(kind).split(".")[-1]: size for kind, size in theirs.items() if size}
-print("MemTracker:", kinds, "| difference to our count:", kinds["Total"] - ours)
+print("MemTracker:", kinds)
+print(f"ours: {ours:,}; difference: {kinds['Total'] - ours} bytes")
 total = calculate_maximum_sizes(net)[0]
 says = max(estimate_training_usage(total, "float32").values())
 print(f"accelerate: {says / MB:.1f} MB; really {ours / MB:.1f} MB: it asks for no batch, no length, no method")
@@ -795,6 +808,7 @@ with warnings.catch_warnings():
 # | dies at step 1,000 | is it the longest row? does memory grow each step? | longest batch first; `.item()`; drop the graph |
 # | "tried to allocate 2 GB", 3 GB reserved but unallocated | `torch.cuda.memory_summary()` | `PYTORCH_ALLOC_CONF=expandable_segments:True` |
 # | LoRA needs more than full fine-tuning | adapter dtype; activations of both | autocast, or `autocast_adapter_dtype=False`, checkpointing |
+# | the peak is one copy of the logits above the estimate | does your loop keep `out = model(...)` until the step? | take `.loss` only, or `del out` |
 # | checkpointing saves nothing | which moment is the peak? | that moment's lever: logits, or the optimizer |
 # | "element 0 … does not require grad" | reentrant checkpointing over frozen embeddings | `use_reentrant=False`, or `enable_input_require_grads()` |
 # | 8-bit Adam saves nothing | how many parameters are trained? | nothing: with LoRA the states are small already |
