@@ -336,8 +336,7 @@ def double_quantize(absmax: Tensor, blocksize: int = 256) -> Scales:
 
 double_quantize = check.double_quantize(double_quantize)
 steps = dynamic_code().diff()
-print(f"256 levels, steps from {steps.min():.1e} to {steps.max():.1e}")
-print(f"INT8: all steps {2 / 254:.1e}")
+print(f"steps from {steps.min():.1e} to {steps.max():.1e}; in INT8 all are {2 / 254:.1e}")
 
 # %% [markdown]
 # Notes say that this saves "about 0.4 GB on a 7B model" (6.74 billion weights). Predict the number from your formula.
@@ -376,7 +375,7 @@ print(f"'half a byte a parameter' would be {base.num_parameters() / 2e6:,.2f} MB
 # "Half a byte a parameter" forgets the scales and everything that stays in 16 bits: of Llama-3-8B, 1.05 billion embedding
 # and head parameters, 2.1 GB. Small models suffer most.
 #
-# Other formats, on the tiny model with its outliers: five draws of questions, from `finetune-lab bench qlora --record`.
+# Other formats, on the tiny model with its outliers: five draws of questions, recorded by `finetune-lab bench qlora`.
 
 # %%
 recorded = {row["name"]: row for row in bench.recorded("qlora")["rows"]}
@@ -392,11 +391,16 @@ print(f"{'':26} facts    sums   story perplexity")
 for name in dict.fromkeys(name.split(":")[0] for name in recorded if name.startswith("base with")):
     facts, sums, story = (quoted(f"{name}: {what}")[0] for what in KNOWN)
     print(f"{name[20:]:24} {100 * facts:5.0f} % {100 * sums:5.0f} %   {story:9.3f}")
-print(f"{'fp32':40}   {quoted(f'{name}: {KNOWN[2]}', 'peer_value')[0]:9.3f}")
+print(f"{'fp32':40}   {quoted(f'{name}: {KNOWN[2]}', 'peer_value')[0]:9.3f}\n")
+for row in bench.recorded("nf4")["rows"]:
+    if row["name"].startswith("smollm2") and row["name"].endswith("64: story perplexity"):
+        print(f"{row['name'][:-18]:46} {row['value']:6.2f}, fp32 {row['peer_value']:.2f}")
 
 # %% [markdown]
-# Blocks carry every 4-bit format over the outliers; the code book decides little here. Honest about the toy: without
-# outliers even one scale a tensor hardly hurts it. For SmolLM2-135M see `finetune-lab bench nf4 --recorded`.
+# On the toy, blocks carry every 4-bit format over its outliers; without outliers even one scale a tensor hardly hurts it. On
+# SmolLM2-135M (the last lines, from the bench `nf4`) the code book matters: the notes' symmetric quantiles err *less* than
+# NF4 in the square, and cost more. The exact zero counts. (Those weights were once stored in even steps with a zero point,
+# which flatters that format.)
 #
 # ## Gradients pass through
 # A code has no derivative, and needs none: the weight is frozen. Yet the layers below need *their* gradient, and it goes
@@ -559,7 +563,6 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 from finetune_lab.methods.lora import LoRALinear
 
 
-@torch.no_grad()
 def merge_dequantized(layer: LoRALinear) -> nn.Linear:
     """A plain, frozen layer that acts like layer.base (NF4Linear) plus its adapter.
 
@@ -569,7 +572,7 @@ def merge_dequantized(layer: LoRALinear) -> nn.Linear:
     weight = layer.base.dequantize() + layer.scaling * layer.B @ layer.A
     bias = layer.base.bias
     merged = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None)
-    merged.weight = nn.Parameter(weight, requires_grad=False)
+    merged.weight = nn.Parameter(weight.detach(), requires_grad=False)
     merged.bias = bias
     return merged
     # END SOLUTION
@@ -721,7 +724,7 @@ settings = BitsAndBytesConfig(
     bnb_4bit_compute_dtype=torch.float32,  # the line that changes on a GPU: torch.bfloat16
 )
 theirs = AutoModelForCausalLM.from_pretrained(locate(chosen()), quantization_config=settings, dtype=torch.float32)
-make_safe(theirs)  # on CPUs, before the first forward pass: see the faults below
+theirs = make_safe(theirs)  # on CPUs, before the first forward pass: see the faults below
 
 # %%
 ours = quantize_linears(load()[0])

@@ -9,7 +9,6 @@ Leaves out: paged optimizers, adapters of other kinds. In production: transforme
 
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
 from finetune_lab.methods.inject import Targets, active_layers, find_targets
@@ -27,13 +26,12 @@ def quantize_linears(model: nn.Module, targets: Targets = "all-linear", **settin
     return model
 
 
-@torch.no_grad()
 def merge_dequantized(layer: LoRALinear) -> nn.Linear:
     """The plain linear layer that acts like this QLoRA layer: dequantised base + scaling * B A, bias kept, frozen."""
     weight = layer.base.dequantize() + layer.scaling * layer.B @ layer.A
     bias = layer.base.bias
     merged = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None)
-    merged.weight = nn.Parameter(weight, requires_grad=False)
+    merged.weight = nn.Parameter(weight.detach(), requires_grad=False)
     merged.bias = bias
     return merged
 
