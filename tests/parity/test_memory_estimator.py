@@ -33,7 +33,7 @@ def cells(draw):
         "hidden_size": 16 * draw(st.integers(1, 5)),
         "intermediate_size": 8 * draw(st.integers(1, 12)),
         "num_key_value_heads": kv,
-        "num_attention_heads": kv * draw(st.integers(1, 3)),
+        "num_attention_heads": kv * draw(st.integers(2 if kv == 1 else 1, 3)),
         "head_dim": 8 * draw(st.integers(1, 4)),
         "num_hidden_layers": draw(st.integers(1, 5)),
         "vocab_size": draw(st.integers(8, 300)),
@@ -49,7 +49,7 @@ def cells(draw):
     return {k: v for k, v in (SIZES | FAMILIES[family] | sizes).items() if v is not None}, Recipe(**recipe)
 
 
-@settings(deadline=None, max_examples=20, derandomize=True, phases=[Phase.generate])
+@settings(deadline=None, max_examples=12, derandomize=True, phases=[Phase.generate])
 @given(cells())
 def test_estimate_equals_live_bytes_at_random_shapes(cell):
     config, recipe = cell

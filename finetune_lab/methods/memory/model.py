@@ -87,7 +87,8 @@ class Decoder:
             key = self.norm(self.linear(x, "k_proj"), "k_norm", a.head_dim)
             return query, key, self.linear(x, "v_proj")
         query, key, value = (self.linear(x, f"{name}_proj") for name in "qkv")
-        query, key = op.regrouped(tape, query), op.regrouped(tape, key)
+        query = op.regrouped(tape, query) if a.heads > 1 else query
+        key = op.regrouped(tape, key) if a.kv_heads > 1 else key
         if a.traits.qk_norm:
             query = self.norm(query, "q_norm", a.head_dim)
             key = self.norm(key, "k_norm", a.head_dim)
@@ -106,7 +107,9 @@ class Decoder:
             out, scores = self.eager(query, key, value, mask)
         else:
             out, scores = op.attention(tape, query, key, value, self.batch * a.heads * self.seq), None
-            if a.traits.fused:  # joined heads lie head by head in memory, and the kernel's result like its query
+            if (
+                a.traits.fused and a.heads > 1
+            ):  # joined heads lie head by head in memory, and the kernel's result like its query
                 out = op.copy(tape, out)
         out = self.linear(out, "o_proj")
         return out, scores
@@ -118,7 +121,7 @@ class Decoder:
         keys, values = (op.repeat(tape, x, groups, viewed) for x in (key, value))
 
         def in_heads(x, copied):  # matmul wants (batch x heads, seq, head_dim): a copy where it is no view
-            return op.copy(tape, x) if copied and self.batch > 1 else x
+            return op.copy(tape, x) if copied and self.batch > 1 and a.heads > 1 else x
 
         scores = op.scale(tape, op.bmm(tape, in_heads(query, True), in_heads(keys, groups == 1), cells))
         if a.softcap:
@@ -129,7 +132,7 @@ class Decoder:
             scores = op.add(tape, scores, mask)
         scores = op.to(tape, op.softmax(tape, scores, 4), query.size)
         out = op.bmm(tape, scores, in_heads(values, groups == 1), query.n)
-        out = op.copy(tape, out)
+        out = op.copy(tape, out) if a.heads > 1 else out
         return out, scores
 
     def mlp(self, x: Value) -> Value:

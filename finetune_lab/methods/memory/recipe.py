@@ -52,7 +52,9 @@ class Recipe:
     dtype: str = "bf16"  # stored weights of the base; QLoRA: of what stays unquantised, and of the computation
     adapter_dtype: str = "fp32"
     master_weights: bool = False  # an fp32 copy of 16-bit trained weights, its gradient and states in fp32 too
-    autocast: bool = False  # fp32 weights, 16-bit matrix products
+    autocast: bool = (
+        False  # fp32 weights, 16-bit products: activations are counted in fp32, an upper bound (not proved)
+    )
     optimizer: str = "adamw"
     optimizer_dtype: str | None = None  # of the states; None: as the parameter (torch.optim.AdamW)
     update: str = (
