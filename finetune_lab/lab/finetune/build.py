@@ -8,6 +8,7 @@
 Leaves out: 8-bit, models sharded at load time. In production: `trl.ModelConfig`, `trl.get_quantization_config`.
 """
 
+import os
 import warnings
 from pathlib import Path
 
@@ -35,6 +36,13 @@ def parameters_of(name: str) -> int:
 
 def check_machine(recipe: Recipe) -> None:
     """Raise UserError for what this machine cannot do."""
+    together = int(os.environ.get("WORLD_SIZE", "1"))
+    if device_of(recipe.model) != "cpu" and torch.cuda.device_count() > 1 and together == 1:
+        raise UserError(
+            f"this machine shows {torch.cuda.device_count()} GPUs and one process uses one of them: start with "
+            f"`torchrun --nproc-per-node {torch.cuda.device_count()} -m finetune_lab {recipe.trainer()} ...`, or set "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision fp16 needs a GPU: choose fp32 or bf16 on a CPU.")
 
@@ -55,7 +63,7 @@ def device_of(name: str) -> str:
     """Where a model trains: the CPU for `tiny`, else the first GPU, or this process's own under torchrun."""
     if name == "tiny" or not torch.cuda.is_available():
         return "cpu"
-    return f"cuda:{torch.cuda.current_device()}"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def load_4bit(folder: Path, dtype: torch.dtype, device: str):

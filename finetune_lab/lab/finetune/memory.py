@@ -47,7 +47,7 @@ def estimated(recipe: Recipe, folder: Path, longest: int, cuda: bool, objective:
 def free_bytes(cuda: bool) -> int:
     """Free memory for this process: of its GPU, or its share of the machine's memory."""
     if cuda:
-        return torch.cuda.mem_get_info()[0]
+        return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0]
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

@@ -98,7 +98,7 @@ def inspect(recipe: SftRecipe) -> Preflight:
         silent.no_generation_marks(tokenizer, recipe.loss),
         silent.pad_is_eos(tokenizer, end),
         silent.fsdp_without_gpu(torch.cuda.is_available()),
-        silent.nothing_held_out(len(rows.valid)),
+        None if recipe.task else silent.nothing_held_out(len(rows.valid)),
         memory.too_little(need, free),
     ]
     order = {"error": 0, "warning": 1, "note": 2}

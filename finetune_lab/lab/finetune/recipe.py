@@ -10,6 +10,7 @@ lists of recipes, sweeps, interpolation. In production: `trl.TrlParser`, axolotl
 import dataclasses
 import difflib
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self, TypeVar
@@ -42,7 +43,9 @@ def setting(default, kind: str, text: str, **bounds):
 class Recipe:
     """What every trainer needs. None means: decided by `completed`, from the method, the size and the data."""
 
-    model: str = setting("tiny", "text", "tiny, smollm2-135m, a hub id (owner/name) or a folder")
+    model: str | None = setting(
+        None, "text", "tiny, smollm2-135m, a hub id (owner/name) or a folder (default: $FINETUNE_LAB_MODEL or tiny)"
+    )
     data: str | None = setting(None, "text", "your JSONL, or a hub data set (owner/name or owner/name:split)")
     task: str | None = setting(
         None, "text", "a task of the course instead of data", choices=("extract", "answer", "math", "reply")
@@ -86,6 +89,8 @@ class Recipe:
     def __post_init__(self):
         for each in dataclasses.fields(self):
             object.__setattr__(self, each.name, checked(each, getattr(self, each.name)))
+        if self.model is None:
+            object.__setattr__(self, "model", os.environ.get("FINETUNE_LAB_MODEL") or "tiny")
         if self.data is None and self.task is None:
             raise UserError("there is nothing to train on: give data (a JSONL file or hub data set) or task.")
         for one, other in (("data", "task"), ("steps", "epochs"), ("valid", "hold_out")):

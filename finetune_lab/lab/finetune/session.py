@@ -167,7 +167,13 @@ def _train(found: Preflight, settings, make_trainer: MakeTrainer, scorer, folder
         "trained_parameters": build.trained_parameters(trainer.model),
         "processes": preflight.processes(),
     }
-    result = _finish(found, folder, trainer, tokenizer, scorer, before, bill, say) if first else {}
+    place = save(trainer, folder, recipe)  # by all: weights that lie on several processes are gathered
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        scorer = None  # one process alone cannot ask a model that is cut into shards
+        say(
+            "not scored after training, as every process holds a part of the model: ask it with `finetune-lab generate`"
+        )
+    result = _finish(found, folder, place, trainer, tokenizer, scorer, before, bill, say) if first else {}
     _wait()
     return result
 
@@ -187,15 +193,16 @@ def _before(scorer, folder: Path, model, tokenizer, found: Preflight, say) -> di
     return kept
 
 
-def _finish(found, folder: Path, trainer: Trainer, tokenizer, scorer, before: dict, bill: dict, say) -> dict:
-    """Save the result, score it, write the report, and only then call the run finished."""
-    place = save(trainer.model, tokenizer, folder, found.recipe)
+def _finish(
+    found, folder: Path, place: Path, trainer: Trainer, tokenizer, scorer, before: dict, bill: dict, say
+) -> dict:
+    """Score the result, write the report, and only then call the run finished."""
     scores, said = scorer(trainer.model, tokenizer) if scorer else ({}, [])
     if scores:
         say("after:  " + report.figures(scores))
     made = {**provenance(), "seed": found.recipe.seed, "git": git_state()}
     result = report.build(
-        found, before["scores"], scores, report.samples(found.valid_rows, before["answers"], said),
+        found, before["scores"], scores, report.samples(found.valid_rows, before["answers"], said) if said else [],
         trainer.state.log_history, bill, made, place.name,
     )  # fmt: skip
     report.write(result, folder)
@@ -205,20 +212,26 @@ def _finish(found, folder: Path, trainer: Trainer, tokenizer, scorer, before: di
     return result
 
 
-def save(model, tokenizer, folder: Path, recipe: Recipe) -> Path:
-    """The adapter (or the whole model) and its tokenizer as safetensors in `folder/adapter` (`folder/model`)."""
+def save(trainer: Trainer, folder: Path, recipe: Recipe) -> Path:
+    """The adapter (or the whole model) and its tokenizer as safetensors in `folder/adapter` (`folder/model`).
+
+    Called by every process; the first one writes. The folder appears whole, by rename.
+    """
     place = folder / ("model" if recipe.method == "full" else "adapter")
     part = folder / f".{place.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
+    if rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
     if recipe.method != "full":
         # the name that people give, not this machine's path: `generate` and others look the base up by it
-        model.peft_config["default"].base_model_name_or_path = recipe.model
+        trainer.model.peft_config["default"].base_model_name_or_path = recipe.model
+    _wait()
     with warnings.catch_warnings(action="ignore"):  # peft looks for the base's config on the hub, which may be away
-        model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    (part / "README.md").unlink(missing_ok=True)  # peft's empty form; the report says what the run was
-    shutil.rmtree(place, ignore_errors=True)
-    part.rename(place)
+        trainer.save_model(str(part))
+    if rank() == 0:
+        for name in ("README.md", "training_args.bin"):  # peft's empty form; a pickle that nothing reads
+            (part / name).unlink(missing_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
+        part.rename(place)
     return place
 
 
