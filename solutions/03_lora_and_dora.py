@@ -339,10 +339,10 @@ said = []
 for r, colour, marker in zip(RANKS, plots.COLOURS, plots.MARKERS, strict=False):
     means, sds = zip(*(found(f"answers, LoRA r={r} lr={rate}", "loss") for rate in RATES), strict=True)
     ax.errorbar(range(4), means, yerr=sds, color=colour, marker=marker, capsize=3)
-    ax.annotate(f"r={r}", (0, means[0]), xytext=(-28, 0), textcoords="offset points", va="center", color=colour)
+    ax.annotate(f"r={r}", (0, means[0]), xytext=(-34, 0), textcoords="offset points", va="center", color=colour)
     said.append(f"r={r}: " + ", ".join(f"{m:.3f}" for m in means))
 ax.set_xticks(range(4), RATES)
-ax.set_xlim(-0.5, 3.2)
+ax.set_xlim(-0.6, 3.2)
 ax.set_yscale("log")
 ax.set_ylim(0.01, 4)
 plots.show(figure, alt="Loss at the four rates. " + "; ".join(said) + ".")
@@ -353,7 +353,7 @@ for r in RANKS:
 # %% [markdown]
 # At one rate rank seems to decide everything, because with alpha = 2r a larger rank also takes larger steps: look at
 # 0.001. With its own best rate, r = 4, 16 and 64 reach the same loss within their spreads; only r = 1 stays behind.
-# So sweep the rate first. And the *small* ranks pay for their high rates elsewhere: see "forgets less".
+# So sweep the rate first. And high rates have a price elsewhere: see "forgets less".
 #
 # The second target asks for room: 48 invented codes that no model can know ("It is 4821."), 100 steps. How many
 # percent of them does r = 1 on all layers recall?
@@ -399,8 +399,8 @@ for target, measure in (("answers", "loss"), ("codes", "exact match"), ("answers
 
 # %%
 curves = {"full": [f"full lr={rate}" for rate in ("0.00025", "0.0005", "0.001", "0.002")],
-          "LoRA r=16": [f"LoRA r=16 lr={rate}" for rate in RATES],
-          "LoRA r=64": [f"LoRA r=64 lr={rate}" for rate in RATES[:3]]}  # fmt: skip
+          "LoRA r=16": [f"LoRA r=16 lr={rate}" for rate in RATES[:3]],
+          "LoRA r=64": [f"LoRA r=64 lr={rate}" for rate in RATES[:2]]}  # fmt: skip
 title = "Down and left is better: learnt and kept"
 figure, ax = plots.axes(title, "held-out task loss (nats)", "story perplexity", size=(5.4, 2.9))
 for (name, settings), colour, marker in zip(curves.items(), plots.COLOURS, plots.MARKERS, strict=False):
@@ -413,6 +413,8 @@ plots.show(figure, alt="; ".join(
     f"{name}: " + ", ".join(f"loss {found(f'answers, {s}', 'loss')[0]:.3f} perplexity "
                             f"{found(f'answers, {s}', 'story perplexity')[0]:.2f}" for s in settings)
     for name, settings in curves.items()))  # fmt: skip
+tell("story perplexity", *(f"answers, {s}" for s in ("full lr=0.001", "LoRA r=16 lr=0.002", "LoRA r=16 lr=0.004",
+                                                     "LoRA r=16 lr=0.008", "LoRA r=64 lr=0.001")))  # fmt: skip
 tell("story perplexity", "codes, full lr=0.0005", "codes, LoRA r=16 lr=0.002", "codes, LoRA r=64 lr=0.002")
 thin = 1e6 * torch.outer(torch.randn(48), torch.randn(32))
 print(f"rank {torch.linalg.matrix_rank(thin)}, norm {thin.norm():.1e}: rank does not limit size")
@@ -594,6 +596,10 @@ for tokens in (16, 512):
     seconds = interleaved_seconds(calls, rounds=15)
     ratios = [f"{name} {median_ratio(seconds, name, 'frozen'):.1f}" for name in layers]
     print(f"{tokens:3} tokens, time over the frozen layer: " + ", ".join(ratios))
+for row in bench.recorded("lora")["rows"]:
+    name = row["name"]
+    if name.startswith("d=2048 r=8 ") and name.endswith("A: time over frozen"):
+        print(f"recorded, 512 tokens, {name}: {row['ratio']:.2f}")
 
 # %% [markdown]
 # With few tokens a step, the norm of the whole weight is most of DoRA's work; with many it fades. The fused form

@@ -32,8 +32,10 @@ def spectrum(values: Sequence[float], shape: tuple[int, int], rank: int, alpha: 
     ax.plot(range(1, len(values) + 1), values, color=plots.BLUE, marker="o", markevery=max(1, len(values) // 8))
     ax.plot(range(1, rank + 1), kept, color=plots.VERMILLION, marker="s", markevery=max(1, rank // 8))
     ax.set_yscale("log")
-    ax.annotate("full update", (len(values), values[-1]), xytext=(0, 12), textcoords="offset points", ha="right",
-                color=plots.BLUE)  # fmt: skip
+    middle = len(values) // 2
+    ax.annotate(
+        "full update", (middle + 1, values[middle]), xytext=(6, 8), textcoords="offset points", color=plots.BLUE
+    )
     ax.annotate(
         "LoRA", (rank, kept[-1]), xytext=(7, 0), textcoords="offset points", va="center", color=plots.VERMILLION
     )
