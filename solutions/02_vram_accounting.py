@@ -444,6 +444,7 @@ for name, colour, style in (("without", plots.BLUE, "-"), ("with", plots.VERMILL
     ax.plot(xs, held, style, color=colour, label=f"{name} checkpointing: {max(held):.0f} MB")
 ax.axhline(before / MB, color="black", linestyle=":", label="weights and moments")
 ax.set_xticks([0.5, 1.5, 2.5, 3.5], phases)
+ax.set_ylim(0)
 ax.legend(loc="upper right")
 plots.show(figure, alt="Memory through one step: without checkpointing one high mountain with its top where forward "
            "meets backward; with it a low plain with one tooth for each layer that is run again.")  # fmt: skip
@@ -676,10 +677,11 @@ from finetune_lab.course import vram_plot
 from finetune_lab.course.explorer import Explorer
 from finetune_lab.methods.memory.presets import GPUS
 
+dense = [name for name, config in PRESETS.items() if not from_config(config, name).experts]
 Explorer(
     vram_plot.explore,
     alt="Memory at the peak of one training step, stacked by category, beside the card's line.",
-    model=Dropdown(options=list(PRESETS), value="llama-3.1-8b"),
+    model=Dropdown(options=dense, value="llama-3.1-8b"),
     method=Dropdown(options=["full", "lora", "dora", "qlora"], value="lora"),
     seq=SelectionSlider(options=[512, 1024, 2048, 4096, 8192], value=2048),
     batch=SelectionSlider(options=[1, 2, 4, 8, 16], value=1),
