@@ -111,6 +111,8 @@ def page(report: dict, folder: Path) -> str:
 
 
 def _scores(report: dict) -> list[str]:
+    if not report["after"] and report["before"]:
+        return ["Scored before training only: " + figures(report["before"]) + ".", ""]
     if not report["after"]:
         return ["Nothing was held out, so nothing was scored: add `hold_out: 0.1`, or `valid: FILE`.", ""]
     rows = [["held out", "before", "after"]]
@@ -138,7 +140,7 @@ def _samples(report: dict) -> list[str]:
         out += [*_quoted("\n".join(block)), ""]
     wrong = sum(sample["after"].strip() != sample["expected"].strip() for sample in report["samples"])
     if report["after"].get("exact_match", 1.0) < 1.0 and wrong:
-        out += ["Answers that differ from the expected one stand first; they are not typical.", ""]
+        out += ["Up to two answers that differ from the expected one stand first.", ""]
     return out
 
 

@@ -13,6 +13,7 @@ STEPS = 5
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_processes_have_the_loss_curve_of_one_with_the_same_global_batch(recipe, tmp_path):
     settings = {"items": 32, "steps": STEPS, "save_every": 2, "test_items": 2}
     alone = run.sft(recipe(batch_size=8, out=str(tmp_path / "one"), **settings), say=lambda text: None)
@@ -24,7 +25,7 @@ def test_two_processes_have_the_loss_curve_of_one_with_the_same_global_batch(rec
         "--out", str(tmp_path / "two"),
     ]  # fmt: skip
     done = subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=280,
+        command, check=False, capture_output=True, text=True, timeout=580,
         env={**os.environ, "ACCELERATE_USE_FSDP": "true", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
