@@ -399,8 +399,8 @@ for row in bench.recorded("nf4")["rows"]:
 # %% [markdown]
 # On the toy, blocks carry every 4-bit format over its outliers; without outliers even one scale a tensor hardly hurts it. On
 # SmolLM2-135M (the last lines, from the bench `nf4`) the code book matters: the notes' symmetric quantiles err *less* than
-# NF4 in the square, and cost more. The exact zero counts. (Those weights were once stored in even steps with a zero point,
-# which flatters that format.)
+# NF4 in the square, and cost more perplexity. They have no zero, a likely reason. (These weights were once stored in even
+# steps with a zero point, which flatters that format.)
 #
 # ## Gradients pass through
 # A code has no derivative, and needs none: the weight is frozen. Yet the layers below need *their* gradient, and it goes
@@ -451,7 +451,7 @@ print(f"kept for backward: {q.nbytes:,} bytes instead of {4 * q.shape.numel():,}
 from finetune_lab.methods.qlora import quantize_linears
 
 recipe = tier.recipes["math"]
-STEPS = min(recipe.steps, 60)
+STEPS = max(20, recipe.steps // 5)
 lessons = tier.items("math", "train", recipe.items)
 exam = tier.items("math", "test", N)
 
