@@ -67,7 +67,7 @@ def weights(model) -> dict[str, Tensor]:
 
 # %%
 W0 = weights(base)
-trails: dict[str, list] = {}  # name -> (how far rows turned, how much longer they got), matrix by matrix, four times
+trails: dict[str, list] = {}  # name -> (change of the rows' length, turn of the rows), matrix by matrix, four times
 
 
 def tuned(name: str, layer=None, lr: float = recipe.lora_lr, task: str = "answer"):
@@ -120,8 +120,9 @@ def mean_curve(matrices) -> list[float]:
 
 
 learned, noise = mean_curve(updates.values()), mean_curve(torch.randn_like(u) for u in updates.values())
-figure = plots.line(list(range(1, len(learned) + 1)), {"full update": learned, "random matrix": noise},
-                    "A few directions hold most of what was learnt", "strongest directions", "share of the energy (%)")  # fmt: skip
+title, curves = "A few directions hold most of what was learnt", {"full update": learned, "random matrix": noise}
+xs = list(range(1, len(learned) + 1))
+figure = plots.line(xs, curves, title, "strongest directions", "share of the energy (%)")
 figure.set_size_inches(5.4, 2.7)
 plots.show(figure, alt=f"The first 4 directions of the update hold {learned[3]:.0f} % of its energy, the first 16 hold "
            f"{learned[15]:.0f} %; of a random matrix {noise[3]:.0f} % and {noise[15]:.0f} %.")  # fmt: skip
@@ -716,8 +717,8 @@ def draw(rank: int, alpha: int):
     return picture(values, tuple(updates[path].shape), rank, alpha)
 
 
-Explorer(draw, alt=f"Singular values of the full update of {path}, and those of a LoRA.", rank=IntSlider(8, 1, min(64, len(values))),
-         alpha=IntSlider(16, 1, 128))  # fmt: skip
+Explorer(draw, alt=f"Singular values of the full update of {path}, and those of a LoRA.",
+         rank=IntSlider(8, 1, min(64, len(values))), alpha=IntSlider(16, 1, 128))  # fmt: skip
 
 # %% [markdown]
 # ## Myths
@@ -803,8 +804,10 @@ print(f"alpha times four at load time: {right(fresh()):.0f} % right")
 # | the task needs many new facts | loss against rank | higher rank, full fine-tuning, or retrieval |
 #
 # ## Summary
-# An adapter is two thin matrices beside a frozen one. Start: all linear layers, r = 16, alpha = 2r, a rate ten times that of full
-# fine-tuning; sweep the rate before the rank. Measure what was forgotten. Keep adapters apart, merge for serving.
+# An adapter is two thin matrices beside a frozen one. Start: all linear layers, r = 16, alpha = 2r, and a rate several times
+# that of full fine-tuning (four here, about ten for large models); sweep the rate before the rank. Measure what was
+# forgotten. Keep adapters apart, merge for serving. The bill of the first page: the same answers right, from a ninth of
+# the numbers.
 #
 # References: LoRA 2106.09685; rsLoRA 2312.03732; LoRA+ 2402.12354; DoRA 2402.09353; learns less and forgets less 2405.09673;
 # intruders 2410.21228; intrinsic dimension 2012.13255; initialisation 2406.08447; QLoRA 2305.14314.
