@@ -55,9 +55,7 @@ def sft(
     def scorer(model, tokenizer) -> tuple[dict, list[str]]:
         return score.score(model, tokenizer, found.valid_rows, found.valid, found.recipe.task)
 
-    return session(
-        found, settings, make_trainer, scorer if found.valid_rows else None, fresh=fresh, on_step=on_step, say=say
-    )
+    return session(found, make_trainer, scorer if found.valid_rows else None, fresh=fresh, on_step=on_step, say=say)
 
 
 def arguments(found: Preflight) -> SFTConfig:

@@ -1,9 +1,10 @@
 """A run from its folder to its report, for any `transformers.Trainer`: what stands around the trainer, and no more.
 
-    report = session(found, settings, make_trainer, scorer)
+    report = session(found, make_trainer, scorer)
 
-The trainer's own command gives four things: a preflight, the settings in TRL's words, a function that makes the trainer
-of a model, and one that scores a model. Killed at any moment and called again a session goes on from the last complete
+The trainer's own command gives three things: a preflight, a function that makes the trainer of a model (its settings
+begin with `common_arguments`), and one that scores a model. Make the settings before the session: under torchrun
+they start the process group. Killed at any moment and called again a session goes on from the last complete
 checkpoint and ends with the same weights, bit for bit on one machine: data order comes from the seed, and transformers
 restores weights, optimizer, schedule and random state.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.utils import logging as transformers_logging
 
 from finetune_lab.errors import UserError
@@ -100,7 +101,6 @@ def common_arguments(recipe: Recipe, *, score: bool) -> dict:
 
 def session(
     found: Preflight,
-    settings: TrainingArguments,
     make_trainer: MakeTrainer,
     scorer: Scorer | None,
     *,
@@ -118,16 +118,17 @@ def session(
         if first:
             if fresh and (old := runs.put_aside(folder)):
                 say(f"the run that was in {folder} is now in {old}")
-            if runs.state_of(folder, identity(found)) == "new":
-                runs.write(folder / "recipe.yaml", found.recipe.dump())
+            if runs.state_of(folder, identity(found)) == "new":  # run.json first: without it the folder is no run
                 runs.write(folder / "run.json", {"command": found.recipe.trainer(), "identity": identity(found)})
+            if not (folder / "recipe.yaml").exists():
+                runs.write(folder / "recipe.yaml", found.recipe.dump())
         _wait()
         if (runs.read(folder / "run.json") or {}).get("finished"):
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             say(f"this run is finished; --fresh trains it again. Its report: {folder / 'report.md'}")
             return runs.read(folder / "report.json")
         try:
-            return _train(found, settings, make_trainer, scorer, folder, on_step, say)
+            return _train(found, make_trainer, scorer, folder, on_step, say)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the memory of the GPU is full ({str(error).splitlines()[0][:120]}). Make batch_size smaller and "
@@ -142,7 +143,7 @@ def identity(found: Preflight) -> dict:
     return values | {"rows": found.rows.fingerprint(), "processes": preflight.processes()}
 
 
-def _train(found: Preflight, settings, make_trainer: MakeTrainer, scorer, folder: Path, on_step, say) -> dict:
+def _train(found: Preflight, make_trainer: MakeTrainer, scorer, folder: Path, on_step, say) -> dict:
     recipe, first = found.recipe, rank() == 0
     checkpoint = runs.last_checkpoint(folder / "checkpoints") if first else None  # deletes what was cut off
     checkpoint = _shared(str(checkpoint) if checkpoint else None)

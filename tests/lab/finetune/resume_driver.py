@@ -73,9 +73,10 @@ def drive(base: Path, rng: random.Random, method: str, kills: int) -> dict:
 
 
 def drive_inside(base: Path, method: str) -> dict:
-    """Killed inside a checkpoint: the optimizer is missing, then only the mark is; and when all but the report is done."""
+    """Killed before anything, inside a checkpoint: the optimizer is missing, then only the mark is; and when all but the report is done."""
     inside = base / "inside"
     statuses = [
+        child(inside, method, lambda: before(runs, "write", lambda path, _: path.name == "recipe.yaml")),
         child(inside, method, lambda: before(run.ResumingSFTTrainer, "_save_optimizer_and_scheduler", second())),
         child(inside, method, lambda: before(runs, "mark_complete", lambda path, **_: path.name == "checkpoint-6")),
         child(inside, method, lambda: before(report, "write")),

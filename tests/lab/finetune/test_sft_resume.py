@@ -38,5 +38,5 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_weights_and_losses(driv
 @pytest.mark.slow
 def test_a_run_killed_inside_a_checkpoint_or_before_its_report_ends_with_the_same_weights(driven):
     seen = driven["inside"]
-    assert seen["statuses"] == [signal.SIGKILL] * 3 + [0]
+    assert seen["statuses"] == [signal.SIGKILL] * 4 + [0]
     assert seen["result"] == driven["lora"]["whole"]
