@@ -26,7 +26,7 @@ from finetune_lab.methods.spectrum import energy, energy_rank, intruder_dimensio
 from finetune_lab.methods.trainable import loraplus_groups
 
 NAME = "lora_effects"
-HELP = "rank, alpha, rate, targets, LoRA+, DoRA and full fine-tuning on the tiny model: learning, forgetting, spectra"
+HELP = "rank, alpha, rate, targets, LoRA+, DoRA, full fine-tuning: learning, forgetting, spectra, five seeds"
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
