@@ -27,7 +27,7 @@ DIALS = {
 @st.composite
 def cells(draw):
     """(config, recipe): a small model of a random family and shape, and a random recipe."""
-    family = draw(st.sampled_from(sorted(set(FAMILIES) - {"phi3"})))  # Phi-3: known gap, see the test of it below
+    family = draw(st.sampled_from(sorted(FAMILIES)))
     kv = draw(st.integers(1, 3))
     heads = kv * draw(st.integers(2 if kv == 1 else 1, 3))
     sizes = {
@@ -113,8 +113,8 @@ def test_holding_the_models_output_during_backward_costs_one_copy_of_the_logits(
     assert held - mine == 2 * 2 * 32 * config["vocab_size"]
 
 
-@pytest.mark.xfail(strict=True, reason="Phi-3's fused layers, eager, checkpointed: 2.5 % above the truth (open)")
-def test_phi3_eager_with_checkpointing_is_exact_too():
+def test_phi3s_joined_heads_need_no_copy_before_the_scores():
+    """Its rotation ends in a cat, whose heads lie one after another: a copy here would be 2.5 % too much."""
     sizes = {"hidden_size": 144, "intermediate_size": 72, "num_attention_heads": 6, "vocab_size": 286}
     config = SIZES | FAMILIES["phi3"] | sizes | {"num_hidden_layers": 2}
     del config["head_dim"]

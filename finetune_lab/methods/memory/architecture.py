@@ -102,7 +102,7 @@ class Architecture:
         """
         h, q, kv, i = self.hidden, self.query_width, self.kv_width, self.intermediate
         if self.traits.fused:
-            found = [Linear("qkv_proj", h, q + 2 * kv), Linear("o_proj", q, h)]
+            found = [Linear("o_proj", q, h), Linear("qkv_proj", h, q + 2 * kv)]  # in the order of the model's class
             return found + [Linear("gate_up_proj", h, 2 * i), Linear("down_proj", i, h)]
         found = [Linear("q_proj", h, q, self.qkv_bias), Linear("k_proj", h, kv, self.qkv_bias)]
         found += [Linear("v_proj", h, kv, self.qkv_bias), Linear("o_proj", q, h, self.output_bias)]

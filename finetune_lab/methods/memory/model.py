@@ -123,7 +123,10 @@ class Decoder:
         def in_heads(x, copied):  # matmul wants (batch x heads, seq, head_dim): a copy where it is no view
             return op.copy(tape, x) if copied and self.batch > 1 and a.heads > 1 else x
 
-        scores = op.scale(tape, op.bmm(tape, in_heads(query, True), in_heads(keys, groups == 1), cells))
+        joined = a.traits.fused  # Phi-3's rotation ends in a cat, which lays the heads out one after another
+        scores = op.scale(
+            tape, op.bmm(tape, in_heads(query, not joined), in_heads(keys, groups == 1 and not joined), cells)
+        )
         if a.softcap:
             scores = op.scale(tape, scores)
             scores = op.tanh(tape, scores)
