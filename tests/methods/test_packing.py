@@ -1,11 +1,25 @@
 """Padding changes nothing that is read, and packing lets no sample see another: shown on a real Llama."""
 
+import math
+import random
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune_lab.methods.loss import sft_loss
-from finetune_lab.methods.packing import block_diagonal_mask, pack, pad_rows, positions_from_mask
+from finetune_lab.methods.packing import (
+    best_fit,
+    block_diagonal_mask,
+    document_attention,
+    pack,
+    pad_rows,
+    positions_from_mask,
+    token_efficiency,
+)
 
 ROWS = [[5, 6, 7, 8, 9], [11, 12, 13], [14, 15, 16, 17]]
 PAD = 0
@@ -109,3 +123,61 @@ def test_the_packed_loss_equals_the_padded_loss(model):
         packed = sft_loss(model(input_ids=ids, position_ids=positions, use_cache=False).logits, labels)
         unpacked = sft_loss(model(input_ids=padded, attention_mask=mask).logits, padded_labels)
     torch.testing.assert_close(packed, unpacked, rtol=1e-6, atol=0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 60), max_size=80))
+def test_best_fit_keeps_every_sample_whole_and_once(lengths):
+    rows = best_fit(lengths, 60)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 60 for row in rows)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=80))
+def test_best_fit_places_each_sample_where_the_least_room_is_left(lengths):
+    room, slow = [], []  # the same rule by looking at every row: as many rows, filled as far
+    for length in sorted(lengths, reverse=True):
+        fitting = [r for r in room if r >= length]
+        if fitting:
+            room.remove(min(fitting))
+        room.append(min(fitting, default=60) - length)
+    slow = sorted(60 - r for r in room)
+    assert sorted(sum(lengths[i] for i in row) for row in best_fit(lengths, 60)) == slow
+
+
+def test_best_fit_fills_999_of_1000_token_places():
+    draw = random.Random(0)
+    lengths = [min(1024, max(1, round(draw.lognormvariate(math.log(200) - 0.32, 0.8)))) for _ in range(4000)]
+    assert token_efficiency(lengths, best_fit(lengths, 1024), 1024) >= 0.999
+
+
+def test_token_efficiency_counts_padding_to_the_longest_or_to_the_width():
+    assert token_efficiency([2, 4, 3], [[0, 1], [2]]) == 9 / (8 + 3)
+    assert token_efficiency([2, 4, 3], [[0, 1], [2]], width=6) == 9 / 12
+
+
+@pytest.mark.parametrize("length", [0, 11])
+def test_best_fit_names_a_sample_that_fits_into_no_row(length):
+    with pytest.raises(ValueError, match=f"sample 1 with {length} tokens: expected 1 to 10"):
+        best_fit([5, length], 10)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from([(4, 4), (6, 2)]), st.integers(1, 2))
+def test_document_attention_is_attention_under_the_block_diagonal_mask(lengths, heads, batch):
+    torch.manual_seed(0)
+    total = sum(lengths)
+    rows = [lengths, lengths[::-1]][:batch]  # rows of a batch hold different samples
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+    query, key, value = (torch.randn(batch, n, total, 8, requires_grad=True) for n in (heads[0], heads[1], heads[1]))
+    dense = scaled_dot_product_attention(
+        query, key, value, attn_mask=block_diagonal_mask(positions), scale=0.3, enable_gqa=True
+    )
+    ours = document_attention(query, key, value, positions, scale=0.3)
+    torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-6)
+    upstream = torch.randn_like(dense)
+    for mine, theirs in zip(
+        *(torch.autograd.grad(out, (query, key, value), upstream) for out in (ours, dense)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

@@ -22,6 +22,7 @@ BENCHES = {
     "lora_effects": "rank, alpha, rate, targets, LoRA+, DoRA, full fine-tuning: learning, forgetting, spectra, five seeds",
     "masking": "right labels against every token, and against masked ends of turn: what each teaches, five seeds",
     "nf4": "NF4 against bitsandbytes on the CPU: speed, bits, errors of formats, block sizes and code books, faults",
+    "packing": "packing against padding: token efficiency, step time, contamination; ours against TRL and transformers",
     "qlora": "QLoRA against LoRA, ways to merge, compute dtypes, and what a rounded base still knows, five seeds",
     "vram": "the memory estimator against live bytes of real steps, byte by byte, and what the usual rules say",
     "world": "the tiny model: what the base knows, what fine-tuning teaches it, what it forgets",
