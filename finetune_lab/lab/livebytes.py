@@ -74,9 +74,7 @@ def step_bytes(
     with ids and labels), forward, backward, step (the fullest moment of each), peak. Buffers are not counted.
     """
     with LiveBytes() as live:
-        live.watch(
-            [*model.parameters(), *(t for p in model.parameters() for t in quantisation_tensors(p)), ids, labels]
-        )
+        live.watch([*model.parameters(), *quantisation_tensors(model), ids, labels])
         for _ in range(2):
             optimizer.zero_grad(set_to_none=True)
             start = live.live
@@ -92,7 +90,7 @@ def step_bytes(
             step = live.mark()
         own = ids.nbytes + labels.nbytes
         weights = storage_bytes(model.parameters())
-        quantised = storage_bytes(t for p in model.parameters() for t in quantisation_tensors(p))
+        quantised = storage_bytes(quantisation_tensors(model))
         states = start - weights - quantised - own
     peaks = {"forward": forward, "backward": backward, "step": step, "peak": max(forward, backward, step)}
     return {"weights": weights, "quantisation state": quantised, "optimizer": states, "gradients": gradients,
@@ -104,12 +102,17 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def quantisation_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
-    """The scales, levels and offsets that bitsandbytes keeps beside a 4-bit parameter; none for any other."""
-    state = getattr(parameter, "quant_state", None)
-    if state is None:
-        return []
-    found = [state.absmax, state.code]
-    if state.nested:
-        found += [state.offset, state.state2.absmax, state.state2.code]
+def quantisation_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The scales, levels and offsets that bitsandbytes keeps beside the 4-bit and 8-bit weights of a model."""
+    found = []
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if (state := getattr(weight, "quant_state", None)) is not None:
+            found += [state.absmax, state.code]
+            if state.nested:
+                found += [state.offset, state.state2.absmax, state.state2.code]
+        # 8 bits: row scales, which the first forward pass moves from the parameter to the layer's state
+        for place in (weight, getattr(module, "state", None)):
+            if (scales := getattr(place, "SCB", None)) is not None:
+                found.append(scales)
     return found

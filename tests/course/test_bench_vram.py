@@ -3,6 +3,7 @@
 import pytest
 
 from finetune_lab.course.bench import holds, recorded, vram
+from finetune_lab.lab.real_steps import truth
 from finetune_lab.methods.memory import from_config
 
 
@@ -20,10 +21,15 @@ def test_the_ratio_sees_both_directions(a, b, expected):
     assert vram.apart(a, b) == expected
 
 
+@pytest.mark.parametrize("estimate", [997, 1003])
+def test_too_little_misses_the_goal_as_well_as_too_much(estimate):
+    assert not holds({"goal": "<= 1.001", "value": estimate, "ratio": vram.apart(estimate, 1000)})
+
+
 def test_one_cell_is_exact():
     family, recipe = vram.configurations()[3]
     config = vram.SIZES | vram.FAMILIES[family]
-    true, mine = vram.truth(config, recipe), vram.estimated(from_config(config), recipe)
+    true, mine = truth(config, recipe), vram.estimated(from_config(config), recipe)
     assert mine["peak"] == true["peak"]
 
 

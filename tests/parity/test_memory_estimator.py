@@ -6,8 +6,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from finetune_lab.course.bench.vram import EXACT, FAMILIES, SIZES, allocator_peak, build, estimated, truth
-from finetune_lab.lab.livebytes import LiveBytes
+from finetune_lab.course.bench.vram import EXACT, FAMILIES, SIZES, estimated
+from finetune_lab.lab.livebytes import LiveBytes, quantisation_tensors, storage_bytes
+from finetune_lab.lab.real_steps import allocator_peak, build, truth
 from finetune_lab.methods.memory import Recipe, estimate, from_config
 
 DIALS = {
@@ -64,13 +65,46 @@ def test_qlora_with_bitsandbytes_layers_equals_live_bytes(rest):
     assert {key: mine[key] for key in (*EXACT, "peak")} == {key: true[key] for key in (*EXACT, "peak")}
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_lora_on_int8_layers_of_bitsandbytes_equals_live_bytes(checkpointing):
+    config = SIZES | FAMILIES["qwen2"]
+    recipe = Recipe(method="lora-int8", batch=2, seq=24, kbit_fp32=checkpointing, checkpointing=checkpointing)
+    true, mine = truth(config, recipe), estimated(from_config(config), recipe)
+    assert {key: mine[key] for key in (*EXACT, "peak")} == {key: true[key] for key in (*EXACT, "peak")}
+
+
+def test_int8_weights_are_one_byte_each_and_an_fp32_scale_a_row():
+    config = SIZES | FAMILIES["llama"]
+    model = build(config, Recipe(method="lora-int8"))
+    layers = [m for m in model.modules() if type(m).__name__ == "Linear8bitLt" and hasattr(m, "weight")]
+    inner = {m.weight.data_ptr(): m.weight for m in layers}.values()
+    assert len(inner) == 7 * config["num_hidden_layers"]
+    assert storage_bytes(inner) == sum(w.numel() for w in inner)
+    scales = sum(4 * w.shape[0] for w in inner)
+    assert storage_bytes(quantisation_tensors(model)) == scales
+    assert estimate(from_config(config), Recipe(method="lora-int8")).total("quantisation state") == scales
+
+
+def test_checkpointing_cannot_free_the_inputs_of_int8_layers():
+    """Linear8bitLt hangs its input on the node (`ctx.A`), not in saved tensors: most of a layer stays."""
+    architecture = from_config(SIZES | FAMILIES["llama"])
+
+    def kept(method, checkpointing):
+        recipe = Recipe(method=method, seq=128, kbit_fp32=False, checkpointing=checkpointing)
+        totals = estimate(architecture, recipe).totals
+        return totals["end of forward"] - totals["after loading"]
+
+    inputs = 2 * 128 * 4 * (128 + 128 + 128 + 320)  # bf16, 4 layers: into q k v (one tensor), o, gate up, down
+    assert kept("lora-int8", True) - kept("qlora", True) == inputs
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_untraced_estimate_equals_the_allocators_events(method):
-    """Adapters: 8 bytes for each adapted layer are torch's own tensor of the scaling, which no operation returns; at
-    this size a generator's state (5,056 bytes) more or less is 0.25 %. The bench's goal is 1 %."""
+    """While a checkpoint recomputes, torch keeps a second copy of the generator's state (5,056 bytes), and autograd a
+    tensor of 8 bytes for each scaling: both are in the estimate. Measured: full equal; LoRA 48 bytes above, or 2e-5."""
     config, recipe = SIZES | FAMILIES["llama"], Recipe(method=method, batch=2, seq=64, checkpointing=True)
     mine = estimated(from_config(config), recipe, traced=False)["above"]
-    assert allocator_peak(config, recipe) == pytest.approx(mine, rel=5e-3)
+    assert allocator_peak(config, recipe) == pytest.approx(mine, rel=1e-4)
 
 
 def test_live_bytes_equal_those_of_torchs_mem_tracker():

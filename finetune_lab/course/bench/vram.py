@@ -1,32 +1,23 @@
 """Bench `vram`: the memory estimator against the live bytes of real training steps, configuration by configuration.
 
-True: transformers' model class, peft's adapters, bitsandbytes' 4-bit layers and the optimizer itself run on the CPU at
+True: transformers' model class, peft's adapters, bitsandbytes' 4-bit and 8-bit layers and the optimizer itself run on the CPU at
 small sizes, and `lab.livebytes` counts every storage (bytes are exact at any size: the estimator is a formula of shapes).
 Counted: parameters, quantisation constants, optimizer states, gradients, all tensors that operations return. Not
 counted: scratch space inside kernels, buffers, the allocator's rounding. ratio = larger / smaller of estimate and truth.
 """
 
 import logging
-import os
-import subprocess
-import sys
-import warnings
-from pathlib import Path
 from statistics import median
 
-import torch
 from accelerate.commands.estimate import estimate_training_usage
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune_lab.lab.livebytes import step_bytes
-from finetune_lab.lab.meter import peak_bytes
+from finetune_lab.lab.real_steps import CLEAR, allocator_peak, resident_peak, truth
 from finetune_lab.methods.memory import Architecture, Recipe, estimate, from_config
 from finetune_lab.methods.memory.rules import korthikanti, notes, sixteen_bytes
 
 NAME = "vram"
 HELP = "the memory estimator against live bytes of real steps, byte by byte, and what the usual rules say"
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 32, "vocab_size": 768, "num_hidden_layers": 4, "pad_token_id": 0, "bos_token_id": 1,
          "eos_token_id": 2, "max_position_embeddings": 256}  # fmt: skip
@@ -43,7 +34,6 @@ FAMILIES = {
 TINY = {"model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5,
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 1792,
         "tie_word_embeddings": True}  # fmt: skip
-CLEAR = Path("/proc/self/clear_refs")
 WITNESSES = [
     ("llama tied", Recipe(method="full", batch=2, seq=128)),
     ("llama", Recipe(method="full", batch=1, seq=160, checkpointing=True, dtype="fp32")),
@@ -91,6 +81,8 @@ def configurations() -> list[tuple[str, Recipe]]:
         {"method": "qlora", "double_quant": False, "quant_block": 128, "kbit_fp32": False},
         {"method": "qdora", "kbit_fp32": False},
         {"method": "full", "seq": 256, "batch": 8},
+        {"method": "lora-int8", "kbit_fp32": False},
+        {"method": "lora-int8", "checkpointing": True},
     ]
     return found + [("llama tied", Recipe(**{"seq": 72, "batch": 2, **dial})) for dial in special]
 
@@ -103,72 +95,6 @@ def name_of(family: str, recipe: Recipe) -> str:
     words += ["+".join(recipe.targets)] * (recipe.targets != "all-linear")
     words += ["rest fp32"] * (recipe.quantised and recipe.kbit_fp32)
     return " ".join([*words, recipe.optimizer, recipe.update])
-
-
-def build(config: dict, recipe: Recipe) -> torch.nn.Module:
-    """The real model of a recipe: transformers' class, bitsandbytes' layers, peft's adapter; random weights, train mode."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
-    torch.manual_seed(0)
-    settings = AutoConfig.for_model(**config, attn_implementation=recipe.attention)
-    settings.use_cache = False
-    model = AutoModelForCausalLM.from_config(settings, dtype=DTYPES[recipe.dtype])
-    if recipe.quantised:
-        quantise(model, recipe)
-        model.is_loaded_in_4bit = True
-        model.requires_grad_(False)
-        if recipe.kbit_fp32:
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    if recipe.adapts:
-        targets = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
-        model = get_peft_model(
-            model,
-            LoraConfig(r=recipe.rank, lora_dropout=recipe.dropout, use_dora=recipe.dora, target_modules=targets),
-            autocast_adapter_dtype=recipe.adapter_dtype == "fp32",
-        )
-    if recipe.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train()
-
-
-def quantise(model: torch.nn.Module, recipe: Recipe) -> None:
-    """Replace every linear layer but the head by bitsandbytes' Linear4bit, in place (CPU, NF4)."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
-            new = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, layer.weight.dtype)
-            how = {"compress_statistics": recipe.double_quant, "blocksize": recipe.quant_block, "quant_type": "nf4"}
-            new.weight = Params4bit(layer.weight.data, requires_grad=False, **how)
-            new.bias = layer.bias
-            new = new.to("cpu")
-            new.support_avx512bf16_for_cpu = False  # bitsandbytes 0.50.2: an eval pass would sever the gradients
-            model.set_submodule(name, new)
-
-
-def make_optimizer(parameters: list, recipe: Recipe) -> torch.optim.Optimizer:
-    how = {"foreach": recipe.update == "foreach"}
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=1e-4, fused=recipe.update == "fused", **how)
-    if recipe.optimizer.startswith("sgd"):
-        return torch.optim.SGD(parameters, lr=1e-4, momentum=0.9 * (recipe.optimizer == "sgd-momentum"), **how)
-    if recipe.optimizer == "adamw-8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, lr=1e-4)
-    from transformers.optimization import Adafactor
-
-    return Adafactor(parameters, lr=1e-4, relative_step=False, scale_parameter=False)
-
-
-def truth(config: dict, recipe: Recipe) -> dict[str, int]:
-    """Live bytes of a real step: `lab.livebytes.step_bytes`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = build(config, recipe)
-        optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe)
-        ids = torch.randint(3, config["vocab_size"], (recipe.batch, recipe.seq))
-        return step_bytes(model, optimizer, ids, ids.clone())
 
 
 def estimated(architecture: Architecture, recipe: Recipe, traced: bool = True) -> dict:
@@ -195,59 +121,6 @@ def apart(a: float, b: float) -> float:
 def row(name: str, value: float, unit: str, peer: str = "", peer_value=None, ratio=None, goal=None) -> dict:
     return {"name": name, "value": value, "unit": unit, "peer": peer, "peer_value": peer_value, "ratio": ratio,
             "goal": goal}  # fmt: skip
-
-
-def allocator_peak(config: dict, recipe: Recipe) -> int:
-    """Bytes above what stays at the fullest of an untraced step, from the events of torch's CPU allocator."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = build(config, recipe)
-        optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe)
-        ids = torch.randint(3, config["vocab_size"], (recipe.batch, recipe.seq))
-
-        def step() -> None:
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return peak_bytes(step)
-
-
-RESIDENT = """
-import ctypes, sys, torch
-from pathlib import Path
-from finetune_lab.lab.models import load
-torch.set_num_threads(1)
-model, _ = load("tiny")
-model.train()
-optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-ids = torch.randint(3, 1700, (BATCH, SEQ))
-def step():
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-def resident(what):
-    return next(int(l.split()[1]) * 1024 for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(what))
-step()
-ctypes.CDLL(None).malloc_trim(0)
-before = resident("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")
-step()
-print(resident("VmHWM") - before)
-"""
-
-
-def resident_peak(batch: int, seq: int) -> int:
-    """Growth of the process's resident memory in one step of the tiny model (a fresh process, Linux only)."""
-    code = RESIDENT.replace("BATCH", str(batch)).replace("SEQ", str(seq))
-    # every tensor gets pages of its own and gives them back, so that the process is no larger than its tensors
-    settings = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"the measured process failed: {done.stderr.strip().splitlines()[-1:]}")
-    return int(done.stdout.split()[-1])
 
 
 def witnesses(cells: list[tuple[str, Recipe]]) -> list[dict]:

@@ -1,10 +1,10 @@
 """A linear layer as peft and bitsandbytes run it: plain, with LoRA, with DoRA, on a quantised base.
 
-Sources: peft 0.21 `tuners/lora/layer.py`, `variants.py`, `dora.py`, `bnb.py`; bitsandbytes 0.50 `MatMul4Bit`.
+Sources: peft 0.21 `tuners/lora/layer.py`, `variants.py`, `dora.py`, `bnb.py`; bitsandbytes 0.50 `MatMul4Bit`, `MatMul8bitLt`.
 What costs bytes: an adapter in fp32 on a 16-bit base wants an fp32 copy of its input, computes in fp32 and makes the
 sum in fp32; DoRA builds the whole matrix B A (as B(A(identity))), adds it to the weight and takes norms, in every
 forward pass; a quantised weight is made whole again in every backward pass.
-Leaves out: 8-bit bases, and adapters on embeddings or experts.
+Leaves out: outliers of LLM.int8(), DoRA on int8, and adapters on embeddings or experts.
 """
 
 from __future__ import annotations
@@ -47,10 +47,46 @@ def quantised_linear(model: Decoder, given: Value, linear: Linear, bias: Value |
     return op.to(tape, out, given.size)
 
 
+def int8_linear(model: Decoder, x: Value, linear: Linear, bias: Value | None) -> Value:
+    """bitsandbytes' Linear8bitLt: computes in x's dtype and holds x on the node until the graph is gone, checkpoint or not.
+
+    CUDA (MatMul8bitLt, no outliers): x in fp16, then int8 with a scale a row; an int32 product. CPU (MatMul8bitFp): the
+    weight made whole. Backward makes it whole on both.
+    """
+    tape, x_n, out_n = model.tape, x.n, model.rows * linear.fan_out
+
+    def whole(size: int) -> Value:
+        weight, scales = tape.new(linear.weights, size), tape.new(linear.fan_out, 4)
+        wide = tape.new(linear.weights, 4) if size < 4 and tape.scratch and tape.device == "cpu" else None
+        del scales, wide
+        return weight
+
+    def backward(tape: Tape, g: Value, saved: list, wanted: list) -> list:
+        weight = whole(x_size)
+        out = tape.new(x_n, g.size)
+        del weight
+        return [out] + [None] * (len(wanted) - 1)
+
+    x_size, parents = x.size, [x] if bias is None else [x, bias]
+    if tape.device == "cpu":
+        work = [whole(x_size)]
+    else:
+        half = op.to(tape, Value(None, x_n, x_size), 2)
+        work = [tape.new(x_n, 1), tape.new(model.rows, 4)]
+        del half
+        work.append(tape.new(out_n, 4))
+        work.append(tape.new(out_n, 2) if model.r.dtype != "fp16" else None)  # the kernel's result is fp16
+    out = tape.apply(parents, [], backward, out_n, x_size, holds=x)
+    work.clear()
+    return out
+
+
 def base_linear(model: Decoder, x: Value, linear: Linear) -> Value:
     """The frozen or fully trained layer."""
-    size = model.base if model.r.quantised else model.rest
+    size = model.base if model.r.quantised and not model.r.int8 else model.rest
     bias = model.weight(f"{linear.name}.bias", linear.fan_out, size, model.full) if linear.bias else None
+    if model.r.int8:
+        return int8_linear(model, x, linear, bias)
     if model.r.quantised:
         return quantised_linear(model, x, linear, bias)
     weight = model.weight(linear.name, linear.weights, model.base, model.full)
@@ -67,7 +103,7 @@ def adapted_linear(model: Decoder, given: Value, linear: Linear) -> Value:
     b = model.weight(f"{linear.name}.lora_B", recipe.rank * linear.fan_out, small, True)
     result = base_linear(model, given, linear)
     size = result.size
-    if recipe.quantised:
+    if recipe.quantised and not recipe.int8:
         result = op.copy(tape, result)
     x = cast = op.to(tape, given, small)
 

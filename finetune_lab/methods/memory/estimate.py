@@ -40,10 +40,11 @@ def kept_lines(found: list[Tensor], recipe: Recipe) -> list[Line]:
         shape = " x ".join(str(n) for n in (t.copies, *t.shape))
         lines.append(
             Line("adapters" if t.adapter else "weights", t.name, t.copies * stored,
-                 f"{shape} x {'0.5' if t.quantised else t.size} bytes")
+                 f"{shape} x {(1 if recipe.int8 else 0.5) if t.quantised else t.size} bytes")
         )  # fmt: skip
         if constants:
-            why = f"{t.copies} x {constants}: scales of blocks of {recipe.quant_block}, tables of levels"
+            why = f"scales of blocks of {recipe.quant_block}, tables of levels"
+            why = f"{t.copies} x {constants}: {'an fp32 scale for each row' if recipe.int8 else why}"
             lines.append(Line("quantisation state", t.name, t.copies * constants, why))
         if t.trained:
             count = t.copies * t.numel

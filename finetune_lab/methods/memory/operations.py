@@ -66,8 +66,9 @@ def divide(tape: Tape, a: Value, b: Value) -> Value:
 
 
 def scale(tape: Tape, x: Value, kind: str = "temporaries") -> Value:
-    """x times or divided by a number."""
-    return tape.apply([x], [], fresh, x.n, x.size, kind=kind)
+    """x times or divided by a number; autograd keeps the number as a tensor of 8 bytes on the CPU (no operation makes it)."""
+    number = [tape.new(1, 8)] if tape.device == "cpu" and tape.scratch else []
+    return tape.apply([x], number, fresh, x.n, x.size, kind=kind)
 
 
 def scaled_by(tape: Tape, x: Value) -> Value:

@@ -7,7 +7,7 @@ Leaves out: tensor, pipeline and expert parallelism, activation offloading, torc
 
 from dataclasses import dataclass, fields
 
-METHODS = ("full", "lora", "dora", "qlora", "qdora")
+METHODS = ("full", "lora", "dora", "qlora", "qdora", "lora-int8")
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 OPTIMIZERS = (
     "sgd",
@@ -49,7 +49,7 @@ class Recipe:
     rank: int = 16
     targets: str | tuple[str, ...] = "all-linear"
     dropout: float = 0.0  # of the adapters
-    dtype: str = "bf16"  # stored weights of the base; QLoRA: of what stays unquantised, and of the computation
+    dtype: str = "bf16"  # stored weights of the base; quantised: of the rest, and of the computation
     adapter_dtype: str = "fp32"
     master_weights: bool = False  # an fp32 copy of 16-bit trained weights, its gradient and states in fp32 too
     autocast: bool = (
@@ -105,7 +105,13 @@ class Recipe:
 
     @property
     def quantised(self) -> bool:
-        return self.method in ("qlora", "qdora")
+        """Are the base's linear layers stored in 4 or 8 bits?"""
+        return self.method in ("qlora", "qdora", "lora-int8")
+
+    @property
+    def int8(self) -> bool:
+        """LoRA on bitsandbytes' Linear8bitLt, LLM.int8()."""
+        return self.method == "lora-int8"
 
     @property
     def adapts(self) -> bool:

@@ -1,6 +1,6 @@
 """What stays: weights, adapters, quantisation constants, gradients and optimizer states, tensor by tensor.
 
-Papers: LoRA 2106.09685, DoRA 2402.09353, QLoRA 2305.14314 (section 3), 8-bit optimizers 2110.02861, Adafactor 1804.04235,
+Papers: LoRA 2106.09685, DoRA 2402.09353, QLoRA 2305.14314 (section 3), LLM.int8() 2208.07339, 8-bit optimizers 2110.02861, Adafactor 1804.04235,
 GaLore 2403.03507. Formulas stand beside their lines. Proved to the byte against transformers, peft, bitsandbytes and
 torch.optim on the CPU; GaLore is derived from its paper and code only, no run.
 Leaves out: rotary frequency buffers, and the sharding over ranks (see `ranks.py`).
@@ -66,7 +66,7 @@ def tensors(architecture: Architecture, recipe: Recipe) -> list[Tensor]:
         shape = (linear.fan_out, linear.fan_in)
         found.append(Tensor(linear.name, shape, base, layers, trained=full, quantised=recipe.quantised))
         if linear.bias:
-            own = base if recipe.quantised else rest  # Linear4bit casts its bias in the first forward pass
+            own = base if recipe.quantised and not recipe.int8 else rest  # Linear4bit casts its bias when first called
             found.append(Tensor(f"{linear.name}.bias", (linear.fan_out,), own, layers, trained=full))
         if linear.name in adapted:
             own = {"copies": layers, "trained": True, "adapter": True}
@@ -102,7 +102,9 @@ def nf4_bytes(numel: int, block: int = 64, double_quant: bool = True) -> tuple[i
 
 
 def weight_bytes(tensor: Tensor, recipe: Recipe) -> tuple[int, int]:
-    """(stored, quantisation constants) bytes of one tensor, one copy."""
+    """(stored, quantisation constants) bytes of one tensor, one copy. int8: a byte a weight, an fp32 scale a row."""
+    if tensor.quantised and recipe.int8:
+        return tensor.numel, 4 * tensor.shape[0]
     if tensor.quantised:
         return nf4_bytes(tensor.numel, recipe.quant_block, recipe.double_quant)
     return tensor.numel * tensor.size, 0

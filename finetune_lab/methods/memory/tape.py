@@ -51,7 +51,7 @@ class Value:
 class Node:
     """What backward needs of one operation: where gradients go, what was saved, and the function that makes them."""
 
-    __slots__ = ("backward", "order", "parents", "place", "saved", "shapes", "slots", "uses")
+    __slots__ = ("backward", "held", "order", "parents", "place", "saved", "shapes", "slots", "uses")
 
     def __init__(self, order: float, place: str, parents: list[Value], backward: Callable) -> None:
         self.order, self.place, self.backward = order, place, backward
@@ -59,6 +59,7 @@ class Node:
         self.slots = [p.slot for p in parents]
         self.shapes = [(p.n, p.size) for p in parents]
         self.saved: list = []
+        self.held: Value | None = None
         self.uses = 0
 
 
@@ -72,7 +73,7 @@ class Frame:
     __slots__ = ("call", "found", "generator", "given", "places")
 
     def __init__(self, call: Callable, given: tuple) -> None:
-        self.call, self.given, self.found = call, given, None
+        self.call, self.given, self.found, self.generator = call, given, None, None
         self.places: list[weakref.ref] = []
 
 
@@ -160,10 +161,12 @@ class Tape:
         keep_result: bool = False,
         kind: str = "temporaries",
         view: Value | None = None,
+        holds: Value | None = None,
     ) -> Value:
         """The result (n elements of `size` bytes) of an operation; backward(tape, gradient, saved, wanted) -> gradients.
 
-        view: the result shares this value's storage instead of having its own.
+        view: the result shares this value's storage instead of having its own. holds: kept as an attribute of the
+        node (`ctx.A = A`): no checkpoint sees it, and it lives as long as the graph.
         """
         node = None
         if any(p.node is not None for p in parents):
@@ -171,6 +174,10 @@ class Tape:
             node = Node(self.order, self.place, parents, backward)
             for value in saves:
                 node.saved.append(self.keep(value))
+            if holds is not None:
+                if holds.storage.kind == "temporaries":
+                    holds.storage.become("activations")
+                node.held = Value(holds.storage, holds.n, holds.size)
         out = Value(view.storage, n, size) if view is not None else self.new(n, size, kind)
         if node is not None:
             out.node = node
@@ -196,11 +203,13 @@ class Tape:
         frame = saved.frame
         if frame.found is None:
             frame.found, self.again = {}, frame
+            forked = self.new(RNG_STATE, 1) if frame.generator else None  # torch.random.fork_rng while it recomputes
             try:
                 frame.call(*frame.given)
             except Stop:
                 pass
             self.again = None
+            del forked
         return frame.found.pop(saved.number)
 
     def _add(self, old: Value, new: Value) -> Value:
