@@ -11,7 +11,7 @@
 All four take the same global batch and learn the same curve: the processes average gradients, so each divides its summed
 loss by (labelled tokens of the whole batch / N), never by its own count. Needs PyTorch's gloo only.
 Leaves out: GPUs, mixed precision, saving, LoRA, starting from a model too large for one process (every process loads
-all of it first). Production: `accelerate launch` with the files in `lab/accelerate`, on GPUs.
+all of it first). Production: `accelerate launch` with the files in `lab/assets/accelerate`, on GPUs.
 """
 
 import argparse
