@@ -312,4 +312,6 @@ def graphs_released(namespace: dict) -> str | None:
         return f"when the last batch is scored, {counts[-1]} tensors of the earlier ones still wait for a backward pass"
     mean = sum(model(batch, labels=batch).loss.item() for batch in batches) / len(batches)
     score = torch.as_tensor(score).item()
-    return None if abs(score - mean) < 1e-5 else f"the mean over the batches is {mean:.4f}, the function says {score:.4f}"
+    return (
+        None if abs(score - mean) < 1e-5 else f"the mean over the batches is {mean:.4f}, the function says {score:.4f}"
+    )
