@@ -9,6 +9,9 @@ import pytest
 
 from finetune_lab.errors import UserError
 from finetune_lab.lab import distributed, models, tasks, train
+from finetune_lab.methods.memory.architecture import from_config
+from finetune_lab.methods.memory.estimate import estimate
+from finetune_lab.methods.memory.recipe import Recipe
 
 STEPS = 12
 WHOLE = 10_232_064  # bytes of the tiny model in fp32
@@ -57,6 +60,19 @@ def test_zero1_divides_the_moments_between_the_processes_and_nothing_else(togeth
 @pytest.mark.slow
 def test_fsdp2_divides_weights_gradients_and_moments(together):
     assert together["fsdp2"]["bytes"] == [{"weights": WHOLE // 2, "gradients": WHOLE // 2, "moments": WHOLE}] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, sharding", [("ddp", "ddp"), ("zero1", "zero1"), ("fsdp2", "fsdp")])
+def test_the_memory_estimator_names_the_bytes_that_a_process_keeps(together, mode, sharding):
+    config = json.loads((models.tiny_folder() / "config.json").read_text())
+    recipe = Recipe(method="full", dtype="fp32", ranks=2, sharding=sharding)
+    ledger = estimate(from_config(config), recipe, device="cpu")
+    buckets = sum(line.bytes for line in ledger.lines if line.name == "DDP buckets")  # our loop has them as views
+    held = max(together[mode]["bytes"], key=lambda one: one["moments"])
+    assert ledger.total("weights") == held["weights"]
+    assert ledger.total("optimizer") == pytest.approx(held["moments"], rel=1e-4)  # it counts AdamW's step numbers too
+    assert ledger.total("gradients") - buckets == held["gradients"]
 
 
 def test_one_process_has_the_curve_of_the_loop_of_the_lessons(alone):
