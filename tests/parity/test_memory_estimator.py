@@ -6,7 +6,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from finetune_lab.course.bench.vram import EXACT, FAMILIES, SIZES, estimated
+from finetune_lab.course.bench.vram import ATTENTION, EXACT, FAMILIES, SIZES, estimated
 from finetune_lab.lab.livebytes import LiveBytes, quantisation_tensors, storage_bytes
 from finetune_lab.lab.real_steps import allocator_peak, build, truth
 from finetune_lab.methods.memory import Recipe, estimate, from_config
@@ -45,6 +45,8 @@ def cells(draw):
         recipe["attention"] = "eager"
     if family == "qwen2":  # its class takes hidden / heads
         sizes["head_dim"] = None
+    if family in ("mixtral", "qwen3 moe"):
+        recipe["targets"] = ("q_proj", "o_proj")
     if recipe["dtype"] == "fp32":
         recipe["adapter_dtype"] = "fp32"
     return {k: v for k, v in (SIZES | FAMILIES[family] | sizes).items() if v is not None}, Recipe(**recipe)
@@ -63,6 +65,20 @@ def test_qlora_with_bitsandbytes_layers_equals_live_bytes(rest):
     config, recipe = SIZES | FAMILIES["qwen2"], Recipe(method="qlora", batch=2, seq=24, kbit_fp32=rest)
     true, mine = truth(config, recipe), estimated(from_config(config), recipe)
     assert {key: mine[key] for key in (*EXACT, "peak")} == {key: true[key] for key in (*EXACT, "peak")}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3 moe"])
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_a_mixture_of_experts_equals_live_bytes_whatever_its_routing(family, method):
+    config = SIZES | FAMILIES[family]
+    recipe = Recipe(method=method, batch=2, seq=24, checkpointing=method == "qlora", targets=ATTENTION)
+    true, mine = truth(config, recipe), estimated(from_config(config), recipe)
+    assert {key: mine[key] for key in (*EXACT, "peak")} == {key: true[key] for key in (*EXACT, "peak")}
+
+
+def test_adapters_on_experts_are_refused_in_a_sentence():
+    with pytest.raises(ValueError, match="mixture of experts.*give targets of the attention"):
+        estimate(from_config(SIZES | FAMILIES["mixtral"]), Recipe(method="lora"))
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

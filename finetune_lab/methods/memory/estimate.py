@@ -4,7 +4,7 @@ The dry run (`tape.py`, `model.py`) is done for two and three layers and continu
 equal, so each moment's bytes are linear in the number of layers (checked to the byte). Milliseconds for any model.
 The step is the second one, so that the optimizer's states are there: zero_grad(set_to_none), loss, backward, step.
 Proved on the CPU, storage by storage, against transformers + peft + bitsandbytes: see `finetune-lab bench vram`.
-Derived only: experts' activations, GaLore, paging, sharding, everything in `device` lines.
+Derived only: GaLore, paging, sharding, everything in `device` lines.
 """
 
 from dataclasses import replace

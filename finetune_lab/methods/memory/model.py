@@ -2,13 +2,14 @@
 
 A local that a function still holds is memory, so the names and their scopes follow transformers 5.23
 (`modeling_llama.py` and its relatives) and peft 0.21 (`lora/layer.py`, `lora/dora.py`, `lora/bnb.py`).
-Leaves out: experts' activations, sliding-window masks, KV caches. Runs on `Value`s: bytes, no data.
+Leaves out: sliding-window masks, KV caches. Runs on `Value`s: bytes, no data.
 """
 
 from finetune_lab.methods.memory import heads
 from finetune_lab.methods.memory import operations as op
 from finetune_lab.methods.memory.adapters import adapted_linear
 from finetune_lab.methods.memory.architecture import Architecture
+from finetune_lab.methods.memory.experts import experts
 from finetune_lab.methods.memory.recipe import DTYPES, Recipe
 from finetune_lab.methods.memory.states import targets
 from finetune_lab.methods.memory.tape import Tape, Value
@@ -141,9 +142,7 @@ class Decoder:
     def mlp(self, x: Value) -> Value:
         tape = self.tape
         if self.a.experts:
-            raise ValueError(
-                f"{self.a.name} is a mixture of experts: what its experts keep for backward is not modelled; give a dense model"
-            )
+            return experts(self, x)
         if self.a.traits.fused:
             up = self.linear(x, "gate_up_proj")
             gate, up = op.halves(tape, up)

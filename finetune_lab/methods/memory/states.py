@@ -39,10 +39,15 @@ class Tensor:
 def targets(architecture: Architecture, recipe: Recipe) -> tuple[Linear, ...]:
     """The linear layers of one decoder layer that carry an adapter; none for full fine-tuning.
 
-    Raises ValueError for a name that the model does not have.
+    Raises ValueError for a name that the model does not have, and for "all-linear" on a mixture of experts.
     """
     if not recipe.adapts:
         return ()
+    if architecture.experts and recipe.targets == "all-linear":
+        raise ValueError(
+            f"{architecture.name} is a mixture of experts, where peft's 'all-linear' wraps router and experts too, which is "
+            "not modelled: give targets of the attention, q_proj k_proj v_proj o_proj"
+        )
     linears = architecture.linears()
     if recipe.targets == "all-linear":
         return tuple(linears)
@@ -78,9 +83,12 @@ def tensors(architecture: Architecture, recipe: Recipe) -> list[Tensor]:
             found += [Tensor(f"{x}_norm", (architecture.head_dim,), rest, layers, trained=full) for x in "qk"]
     if architecture.experts:
         wide = architecture.expert_intermediate
-        found.append(Tensor("router", (architecture.experts, h), rest, layers, trained=full))
-        found.append(Tensor("experts.gate_up_proj", (architecture.experts, 2 * wide, h), base, layers, trained=full))
-        found.append(Tensor("experts.down_proj", (architecture.experts, h, wide), base, layers, trained=full))
+        router = Tensor("router", (architecture.experts, h), rest, layers, trained=full)
+        first = architecture.family == "mixtral"  # in the order of the model's class
+        found += [router] if first else []
+        found.append(Tensor("experts.gate_up_proj", (architecture.experts, 2 * wide, h), rest, layers, trained=full))
+        found.append(Tensor("experts.down_proj", (architecture.experts, h, wide), rest, layers, trained=full))
+        found += [] if first else [router]
     found.append(Tensor("norms", (h,), rest, architecture.traits.norms * layers, trained=full))
     found.append(Tensor("norm", (h,), rest, trained=full))
     if recipe.objective == "reward":

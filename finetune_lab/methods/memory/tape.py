@@ -239,13 +239,14 @@ class Tape:
                 gradient = [gradient, buffers.pop((id(node), 1))]
             saved = [self._recall(s) for s in node.saved]
             gradients = node.backward(self, gradient, saved, [p is not None for p in node.parents])
+            saved = None  # what was recomputed is gone before the casts below, what was kept is not
             for i, (n, size) in enumerate(node.shapes):  # torch: validate_outputs
                 if gradients[i] is not None:
                     if gradients[i].n != n:
                         gradients[i] = self.new(n, gradients[i].size)
                     if gradients[i].size != size:
                         gradients[i] = self.new(n, size)
-            node.saved, gradient, saved = [], None, None
+            node.saved, gradient = [], None
             for i, parent in enumerate(node.parents):
                 if parent is None:
                     continue
