@@ -7,7 +7,8 @@
     general   plain text of the world (facts, sums, stories): what the base model knew before, the forgetting meter
 
 Items are TRL's conversational prompt-completion rows. The test split holds combinations (and phrasings) that training
-never shows; `split_of` in `world` decides by a hash, so no list has to be kept and none can drift.
+never shows; `split_of` in `world` decides by a hash, so no list has to be kept and none can drift. A fourth split,
+"combinations", takes the combinations of test and the phrasings of training: it tells the two difficulties apart.
 """
 
 import json
@@ -20,6 +21,7 @@ from finetune_lab.methods.metrics import exact_match
 from . import documents, world
 
 TASKS = ("extract", "answer", "math", "reply", "general")
+SPLITS = (*world.SPLITS, "combinations")
 FIELDS = ("order", "product", "issue", "action")
 SUM_QUESTIONS = (
     "What is {a} {w} {b}?",
@@ -141,16 +143,21 @@ def _cached(name: str, split: str, make) -> list:
     return _CACHE[name, split]
 
 
+def _of(split: str) -> str:
+    """The split that a split's combinations come from."""
+    return "test" if split == "combinations" else split
+
+
 def _combinations(split: str) -> list:
-    return _cached("tickets", split, lambda: world.ticket_combinations(split))
+    return _cached("tickets", split, lambda: world.ticket_combinations(_of(split)))
 
 
 def _facts(split: str) -> list:
-    return _cached("facts", split, lambda: [f for f in world.facts() if f.split == split])
+    return _cached("facts", split, lambda: [f for f in world.facts() if f.split == _of(split)])
 
 
 def _sums(split: str) -> list:
-    return _cached("sums", split, lambda: world.sums(split))
+    return _cached("sums", split, lambda: world.sums(_of(split)))
 
 
 def load_task(name: str, split: str, n: int = 200, seed: int = 0) -> list[dict]:
@@ -162,8 +169,8 @@ def load_task(name: str, split: str, n: int = 200, seed: int = 0) -> list[dict]:
     """
     if name not in TASKS:
         raise UserError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
-    if split not in world.SPLITS:
-        raise UserError(f"unknown split {split!r}: choose one of {', '.join(world.SPLITS)}")
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     rng = random.Random(f"{name}-{split}-{seed}")
     items, seen, tries = [], set(), 0
     while len(items) < n:

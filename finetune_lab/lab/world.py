@@ -155,8 +155,19 @@ def split_of(*key: object, test: float = 0.2, validation: float = 0.1) -> str:
 
 
 def phrasings(options: tuple[str, ...], split: str | None) -> tuple[str, ...]:
-    """The phrasings of a split (`None`: all): the last two are for test, the one before for validation."""
-    return {None: options, "train": options[:-3], "validation": options[-3:-2], "test": options[-2:]}[split]
+    """The phrasings of a split (`None`: all): the last two are for test, the one before for validation.
+
+    "combinations" is a test of new combinations alone: it is phrased as training is.
+    """
+    train = options[:-3]
+    by_split = {
+        None: options,
+        "train": train,
+        "combinations": train,
+        "validation": options[-3:-2],
+        "test": options[-2:],
+    }
+    return by_split[split]
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,10 @@ class Recipe:
     task: str | None = setting(
         None, "text", "a task of the course instead of data", choices=("extract", "answer", "math", "reply")
     )
+    split: str = setting(
+        "test", "text", "what a task is scored on: new combinations in new words, or in known words",
+        choices=("test", "combinations"),
+    )  # fmt: skip
     valid: str | None = setting(None, "text", "JSONL that is only scored, never trained on")
     hold_out: float = setting(0.0, "number", "share of data kept for scoring when there is no valid", least=0, below=1)
     items: int | None = setting(None, "count", "use only the first so many rows", least=1)

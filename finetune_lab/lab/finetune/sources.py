@@ -93,11 +93,12 @@ def prompt_key(row: dict) -> str:
 def _task(recipe: Recipe, parameters: int) -> Rows:
     tier = tier_of(parameters)
     items = tier.items(recipe.task, "train", recipe.items, recipe.seed)
-    valid = tier.items(recipe.task, "test", recipe.test_items) if recipe.test_items else []
+    valid = tier.items(recipe.task, recipe.split, recipe.test_items) if recipe.test_items else []
     train = [{"prompt": item["prompt"], "completion": item["completion"]} for item in items]
     keys = {item["key"] for item in items}
     seen = sum(item["key"] in keys for item in valid)
-    note = f"{len(valid)} held-out items of {recipe.task}; {seen} of them share their combination with a training item"
+    words = "never used" if recipe.split == "test" else "used"
+    note = f"{len(valid)} held-out items of {recipe.task} in words {words} in training; {seen} of them share their combination with a training item"
     return Rows("prompt-completion", train, valid, (note,) if valid else ())
 
 

@@ -125,3 +125,11 @@ def test_steps_count_every_process_and_forward(recipe, monkeypatch, jsonl):
     assert preflight.inspect(recipe(**own, accumulation=2)).total_steps == 6
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert preflight.inspect(recipe(**own)).total_steps == 6
+
+
+def test_combinations_are_those_of_test_in_the_words_of_training():
+    for task in ("extract", "answer", "math"):
+        new, test = (load_task(task, split, 150) for split in ("combinations", "test"))
+        seen = {item["key"] for item in load_task(task, "train", 300)}
+        assert not seen & {item["key"] for item in new}
+        assert not {item["prompt"][-1]["content"] for item in new} & {item["prompt"][-1]["content"] for item in test}
