@@ -133,7 +133,8 @@ def patched_keywords(function: Callable) -> set[str]:
 class Checker(ast.NodeVisitor):
     """Walks one file; afterwards `problems` holds what does not fit, `checked` the names of all calls that were bound."""
 
-    def __init__(self):
+    def __init__(self, lesson: bool = False):
+        self.lesson = lesson
         self.scopes: list[dict[str, Any]] = [{}]
         self.bases: list[type] = []
         self.problems: list[Problem] = []
@@ -200,6 +201,16 @@ class Checker(ast.NodeVisitor):
         value = self.resolve(node.value)
         for target in node.targets:
             self.give(target, value)
+
+    def visit_Try(self, node: ast.Try) -> None:
+        before = len(self.problems)
+        for statement in node.body:
+            self.visit(statement)
+        caught = {name.id for h in node.handlers if h.type for name in ast.walk(h.type) if isinstance(name, ast.Name)}
+        if self.lesson and caught & {"TypeError", "ImportError", "AttributeError"}:
+            del self.problems[before:]  # shown because it is broken: the cell is run, and its output is the error
+        for statement in [*node.handlers, *node.orelse, *node.finalbody]:
+            self.visit(statement)
 
     def visit_For(self, node: ast.For) -> None:
         self.give(node.target, None)
@@ -306,9 +317,9 @@ class Checker(ast.NodeVisitor):
                 self.problem(node, f"{name}: **kwargs with an unknown keyword '{keyword}'")
 
 
-def check(source: str) -> Checker:
-    """Walk one file of Python (a lesson's percent script too)."""
-    checker = Checker()
+def check(source: str, lesson: bool = False) -> Checker:
+    """Walk one file of Python. lesson: a percent script, where `try ... except TypeError` may show a broken call."""
+    checker = Checker(lesson)
     checker.visit(ast.parse(source))
     return checker
 

@@ -18,7 +18,7 @@ def test_every_library_call_fits_the_installed_version(folder):
     found = {
         f"{path.relative_to(ROOT)}:{problem.line}": problem.text
         for path in folder
-        for problem in library_calls.check(path.read_text()).problems
+        for problem in library_calls.check(path.read_text(), lesson=folder is LESSONS).problems
     }
     assert not found
 
@@ -74,3 +74,10 @@ def test_a_wrong_call_is_caught(source):
 )
 def test_a_right_call_is_left_alone(source):
     assert list(library_calls.problems(source)) == []
+
+
+def test_only_a_lesson_may_show_a_broken_call_and_only_where_it_catches_the_error():
+    source = "from trl import SFTTrainer\ntry:\n    SFTTrainer('m', packing=True)\nexcept TypeError as error:\n    print(error)"
+    assert library_calls.check(source, lesson=True).problems == []
+    assert len(library_calls.check(source).problems) == 1
+    assert len(library_calls.check(source.replace("TypeError", "ValueError"), lesson=True).problems) == 1
