@@ -52,24 +52,25 @@ def codebook_plot(bits: int, block: int, distribution: str) -> tuple[Figure, str
     x = blocks(w, block)
     scaled = (x / x.abs().amax(1, keepdim=True)).flatten()
     codes = {f"NF{bits}": normal_float_code(bits), f"INT{bits}": int_code(bits)}
-    figure, ax = plots.axes(
-        f"Levels stand where weights are: {distribution}, blocks of {block}", "weight / largest of its block", "share"
-    )
+    restored = {name: round_trip(w, code, block) for name, code in codes.items()}
+    errors = {name: 100 * ((back - w).square().mean().sqrt() / w.std()).item() for name, back in restored.items()}
+    alike = len({f"{error:.1f}" for error in errors.values()}) == 1  # as the text prints them
+    verdict = "Both err alike" if alike else f"{min(errors, key=errors.get)} errs less"
+    title = f"{verdict}: {distribution}, blocks of {block}"
+    figure, ax = plots.axes(title, "weight / largest of its block", "share")
     counts = torch.histc(scaled, 80, -1, 1) / len(scaled)
     ax.stairs(counts.numpy(), torch.linspace(-1, 1, 81).numpy(), fill=True, color="#d0d0d0")
     top = counts.max().item()
-    errors = []
     for row, ((name, code), colour, marker) in enumerate(
         zip(codes.items(), plots.COLOURS, ("^", "|"), strict=False), start=1
     ):
         ax.plot(code.tolist(), [-0.09 * row * top] * len(code), marker, color=colour, markersize=7, clip_on=False)
         ax.annotate(name, (1, -0.09 * row * top), xytext=(9, 0), textcoords="offset points", va="center", color=colour)
-        errors.append(100 * ((round_trip(w, code, block) - w).square().mean().sqrt() / w.std()).item())
     ax.set(xlim=(-1.03, 1.03), ylim=(-0.24 * top, 1.05 * top))
     ax.set_yticks([tick for tick in ax.get_yticks() if 0 <= tick <= 1.05 * top])
     full = torch.bincount(nearest(scaled, codes[f"NF{bits}"]).long(), minlength=2**bits) / len(scaled)
     text = (
-        f"error (rms, % of the spread): NF{bits} {errors[0]:.1f}, INT{bits} {errors[1]:.1f}; fullest NF level "
+        f"error (rms, % of the spread): {', '.join(f'{name} {e:.1f}' for name, e in errors.items())}; fullest NF level "
         f"{100 * full.max():.1f} %, emptiest {100 * full.min():.1f} % (even: {100 / 2**bits:.1f} %); "
         f"{bits + 32 / block:.3g} bits a weight with its scale"
     )

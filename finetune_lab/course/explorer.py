@@ -18,6 +18,9 @@ from matplotlib.figure import Figure
 from finetune_lab.course import plots
 from finetune_lab.errors import UserError
 
+# JupyterLab breaks lines of a <pre> inside words
+STATUS = '<pre role="status" aria-live="polite" style="white-space: pre-wrap; word-break: normal">{}</pre>'
+
 
 class Explorer(ipywidgets.VBox):
     """Wire `plot` to `controls` (name=widget, the names of plot's parameters). `alt` describes the picture or table."""
@@ -42,21 +45,21 @@ class Explorer(ipywidgets.VBox):
         if isinstance(shown, Figure):
             data, metadata = plots.bundle(shown, f"{self._alt} {text}")
             plt.close(shown)
-            self._view.value = data["text/html"]
+            shown = self._view.value = data["text/html"]
         else:
+            data, metadata = {}, {}
             label = html.escape(self._alt, quote=True)
-            data, metadata = {"text/html": f"{shown}<pre>{html.escape(text)}</pre>"}, {}
             self._view.value = f'<div role="group" aria-label="{label}">{shown}</div>'
+        data["text/html"] = f"{shown}<pre>{html.escape(text)}</pre>"
         data["text/plain"] = f"{self._alt}\n{text}"
-        self._status.value = f'<pre role="status" aria-live="polite">{html.escape(text)}</pre>'
+        self._status.value = STATUS.format(html.escape(text))
         return data, metadata
 
     def _changed(self, _change: dict) -> None:
         try:
             self._draw()
         except Exception as error:
-            message = html.escape(f"{type(error).__name__}: {error}")
-            self._status.value = f'<pre role="status" aria-live="polite">{message}</pre>'
+            self._status.value = STATUS.format(html.escape(f"{type(error).__name__}: {error}"))
             raise  # nbval and the log must see it too
 
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:

@@ -28,7 +28,9 @@ def spectrum(values: Sequence[float], shape: tuple[int, int], rank: int, alpha: 
         raise UserError(f"rank {rank}: this matrix of {shape[0]} by {shape[1]} has ranks from 1 to {len(values)}")
     scale = lora_scaling(alpha, rank)
     kept = [scale * value for value in values[:rank]]
-    figure, ax = plots.axes("Rank cuts, alpha stretches", "direction, strongest first", "singular value")
+    does = "keeps the size" if scale == 1 else "stretches" if scale > 1 else "shrinks"
+    title = f"Rank {rank} cuts, alpha {alpha:g} {does}"
+    figure, ax = plots.axes(title, "direction, strongest first", "singular value")
     ax.plot(range(1, len(values) + 1), values, color=plots.BLUE, marker="o", markevery=max(1, len(values) // 8))
     ax.plot(range(1, rank + 1), kept, color=plots.VERMILLION, marker="s", markevery=max(1, rank // 8))
     ax.set_yscale("log")
@@ -45,6 +47,6 @@ def spectrum(values: Sequence[float], shape: tuple[int, int], rank: int, alpha: 
     distance = math.sqrt((missed + sum(value**2 for value in values[rank:])) / total)
     numbers = lora_parameters(shape[1], shape[0], rank)
     return figure, (
-        f"rank {rank} can hold {100 * held:.0f} % of the energy; scale alpha/r = {scale:g}; this update misses the full "
+        f"rank {rank} can hold {100 * held:.0f} % of the energy; scale alpha/r = {scale:.3g}; this update misses the full "
         f"one by {100 * distance:.0f} %; {numbers:,} numbers, {100 * numbers / (shape[0] * shape[1]):.1f} % of the matrix"
     )

@@ -29,13 +29,14 @@ LOOK = {
     "temporaries": (GREY, "///"),
 }
 BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.9}
-SHOWN = 0.03  # a part smaller than this share of the tallest bar has no label of its own
+SHOWN = 0.03  # a part smaller than this share of the picture's height has no label of its own
 
 
 def stack(ledgers: dict[str, Ledger], title: str, limit: tuple[str, int] | None = None) -> Figure:
     """One bar a ledger, its categories at the peak stacked, what the device takes itself on top; `limit`: (card, bytes)."""
     figure, ax = plots.axes(title, "", "GB at the peak", size=(6.4, 3.8))
-    tallest = max(ledger.total_on_device for ledger in ledgers.values()) / 1e9
+    sizes = [ledger.total_on_device for ledger in ledgers.values()]
+    tallest = max([*sizes, limit[1]] if limit else sizes) / 1e9
     for x, ledger in enumerate(ledgers.values()):
         alive = ledger.categories()
         parts = [(category, alive[category]) for category in LOOK if category in alive]
@@ -47,15 +48,15 @@ def stack(ledgers: dict[str, Ledger], title: str, limit: tuple[str, int] | None 
             ax.bar(x, high, 0.38, base, color="white", edgecolor=colour, hatch=hatch, linewidth=1.2)
             if high >= SHOWN * tallest:
                 y = max(base + high / 2, above)
-                ax.annotate(f"{category} {high:.3g}", (x + 0.21, y), va="center", fontsize=8, bbox=BOX, zorder=4)
+                ax.annotate(f"{category} {_short(high)}", (x + 0.21, y), va="center", fontsize=8, bbox=BOX, zorder=4)
                 above = y + 0.055 * tallest
             base += high
-        ax.annotate(f"{base:.3g} GB", (x, base), (0, 3), textcoords="offset points", ha="center", weight="bold")
+        ax.annotate(f"{_short(base)} GB", (x, base), (0, 5), textcoords="offset points", ha="center", weight="bold",
+                    bbox=BOX)  # fmt: skip
     if limit:
         size = limit[1] / 1e9
         ax.axhline(size, color=plots.BLACK, linestyle="--", linewidth=1.2)
         _name_limit(ax, f"{limit[0]}: {size:.3g} GB", size)
-        tallest = max(tallest, size)
     ax.set_xticks(range(len(ledgers)), list(ledgers))
     ax.set_xlim(-0.4, len(ledgers) - 0.2)
     ax.set_ylim(0, 1.14 * tallest)
@@ -85,7 +86,7 @@ def timeline(ledger: Ledger, title: str, limit: tuple[str, int] | None = None) -
     names = [moment for moment, _ in steps]
     peak = names.index(ledger.peak_moment)
     ax.annotate(
-        f"peak {tallest:.3g} GB", (peak, tallest), (0, 4), textcoords="offset points", ha="center", weight="bold"
+        f"peak {_short(tallest)} GB", (peak, tallest), (0, 4), textcoords="offset points", ha="center", weight="bold"
     )
     if limit:
         ax.axhline(limit[1] / 1e9, color=plots.BLACK, linestyle="--", linewidth=1.2)
@@ -97,6 +98,11 @@ def timeline(ledger: Ledger, title: str, limit: tuple[str, int] | None = None) -
     ax.set_xlim(-0.5, len(steps) - 0.5)
     ax.set_ylim(0, 1.14 * tallest)
     return figure
+
+
+def _short(size: float) -> str:
+    """Three digits, and never 1.12e+03."""
+    return f"{size:,.0f}" if size >= 999.5 else f"{size:.3g}"
 
 
 def _name_limit(ax, text: str, size: float) -> None:

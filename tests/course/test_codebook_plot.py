@@ -66,3 +66,12 @@ def test_samples_are_the_same_each_time():
 def test_an_unknown_distribution_is_one_sentence():
     with pytest.raises(UserError, match="unknown distribution 'gamma'"):
         samples("gamma")
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_title_names_the_code_that_errs_less_here(bits, distribution):
+    figure, text = codebook_plot(bits, 64, distribution)
+    nf, integers = errors(text)
+    better = "Both err alike" if nf == integers else f"{'NF' if nf < integers else 'INT'}{bits} errs less"
+    assert figure.axes[0].get_title(loc="left").startswith(better)

@@ -23,7 +23,7 @@ def table(word):
 def test_one_output_is_a_widget_a_picture_with_alt_and_text():
     data, metadata = Explorer(line, alt="A line.", rank=IntSlider(8, 1, 64))._repr_mimebundle_()
     assert {execute.WIDGET, "image/png", "text/html", "text/plain"} == set(data)
-    assert 'alt="A line. rank 8' in data["text/html"]
+    assert 'alt="A line. rank 8' in data["text/html"] and "<pre>rank 8 &lt;tag&gt;</pre>" in data["text/html"]
     assert metadata["image/png"]["alt"].startswith("A line. rank 8")
     assert data["text/plain"] == "A line.\nrank 8 <tag>"
     assert plt.get_fignums() == []
@@ -36,7 +36,8 @@ def test_a_slider_redraws_once_released_and_says_so_to_screen_readers():
     before = view.value
     slider.value = 16
     assert view.value != before and 'alt="A line. rank 16' in view.value
-    assert status.value == '<pre role="status" aria-live="polite">rank 16 &lt;tag&gt;</pre>'
+    assert status.value.startswith('<pre role="status" aria-live="polite"')
+    assert status.value.endswith(">rank 16 &lt;tag&gt;</pre>")
     assert slider.continuous_update is False and slider.description == "rank"
     assert plt.get_fignums() == []
 

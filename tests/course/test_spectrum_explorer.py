@@ -45,3 +45,10 @@ def test_the_picture_draws_all_values_and_the_kept_ones_stretched():
 def test_a_rank_that_the_matrix_does_not_have_is_refused(rank):
     with pytest.raises(UserError, match="ranks from 1 to 4"):
         sentence(rank, 1)
+
+
+@pytest.mark.parametrize(("alpha", "does"), [(4, "stretches"), (2, "keeps the size"), (1, "shrinks")])
+def test_the_title_says_what_this_alpha_does(alpha, does):
+    figure, _ = spectrum(VALUES, (10, 4), rank=2, alpha=alpha)
+    plt.close(figure)
+    assert figure.axes[0].get_title(loc="left") == f"Rank 2 cuts, alpha {alpha} {does}"

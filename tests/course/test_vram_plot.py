@@ -37,6 +37,14 @@ def test_the_cards_line_is_drawn_and_named():
     assert any(text.get_text().startswith("T4") for text in ax.texts)
 
 
+def test_labels_of_a_small_bar_under_a_high_line_keep_apart():
+    figure, _ = vram_plot.explore("smollm2-135m", "lora", gpu="RTX-4090")
+    ax = figure.axes[0]
+    figure.canvas.draw()
+    labels = [text.get_window_extent() for text in ax.texts if text.get_fontsize() == 8]
+    assert not any(a.overlaps(b) for n, a in enumerate(labels) for b in labels[:n])
+
+
 def test_every_category_has_a_place_and_a_look_of_its_own():
     assert sorted(vram_plot.LOOK) == sorted(CATEGORIES)
     assert len(set(vram_plot.LOOK.values())) == len(CATEGORIES)
