@@ -8,7 +8,7 @@ path asks for plain tensors), so one sum of two gradients is alive that an untra
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,9 +65,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 def step_bytes(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, labels: torch.Tensor
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    loss_of: Callable[[], torch.Tensor] | None = None,
 ) -> dict[str, int]:
     """Bytes of one real training step of a causal language model: zero_grad(set_to_none), loss, backward, step.
+    loss_of: makes the loss of `ids` and `labels`; None: the model's own.
 
     Measured in the second step, when the optimizer's states exist. Keys: weights (parameters and what belongs to a
     quantised one), quantisation state, optimizer, gradients, saved (alive when the loss is there, without what stays and
@@ -79,7 +84,7 @@ def step_bytes(
             optimizer.zero_grad(set_to_none=True)
             start = live.live
             live.mark()
-            loss = model(input_ids=ids, labels=labels).loss
+            loss = loss_of() if loss_of else model(input_ids=ids, labels=labels).loss
             saved = live.live - start
             forward = live.mark()
             loss.backward()

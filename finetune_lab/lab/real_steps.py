@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_lab.lab.livebytes import step_bytes
 from finetune_lab.lab.meter import peak_bytes
+from finetune_lab.methods.loss import IGNORE_INDEX, chunked_loss, labelled_only_loss
 from finetune_lab.methods.memory import Recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,13 +85,26 @@ def make_optimizer(parameters: list, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def truth(config: dict, recipe: Recipe) -> dict[str, int]:
-    """Live bytes of a real step: `lab.livebytes.step_bytes`."""
+    """Live bytes of a real step: `lab.livebytes.step_bytes`. Other `logits` than "full": the loss of `methods.loss`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = build(config, recipe)
         optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe)
         ids = torch.randint(3, config["vocab_size"], (recipe.batch, recipe.seq))
-        return step_bytes(model, optimizer, ids, ids.clone())
+        labels = ids.clone()
+        if recipe.logits == "full":
+            return step_bytes(model, optimizer, ids, labels)
+        others = torch.arange(recipe.batch * (recipe.seq - 1)) >= round(
+            recipe.labelled * recipe.batch * (recipe.seq - 1)
+        )
+        labels[:, 1:][others.view(recipe.batch, -1)] = IGNORE_INDEX
+        inner = model.get_base_model() if recipe.adapts else model
+        head = labelled_only_loss if recipe.logits == "labelled" else chunked_loss
+
+        def loss_of() -> torch.Tensor:
+            return head(inner.model(input_ids=ids).last_hidden_state, inner.lm_head.weight, labels)
+
+        return step_bytes(model, optimizer, ids, labels, loss_of)
 
 
 def allocator_peak(config: dict, recipe: Recipe) -> int:

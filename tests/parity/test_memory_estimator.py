@@ -67,6 +67,16 @@ def test_qlora_with_bitsandbytes_layers_equals_live_bytes(rest):
     assert {key: mine[key] for key in (*EXACT, "peak")} == {key: true[key] for key in (*EXACT, "peak")}
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("logits", ["labelled", "chunked"])
+def test_losses_with_fewer_logits_equal_live_bytes(method, logits):
+    """`methods.loss` on a real model; the vocabulary takes two tiles."""
+    config = SIZES | FAMILIES["llama"] | {"vocab_size": 6000}
+    recipe = Recipe(method=method, batch=2, seq=257, logits=logits, labelled=0.5)
+    true, mine = truth(config, recipe), estimated(from_config(config), recipe)
+    assert {key: mine[key] for key in (*EXACT, "peak")} == {key: true[key] for key in (*EXACT, "peak")}
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3 moe"])
 @pytest.mark.parametrize("method", ["full", "qlora"])
 def test_a_mixture_of_experts_equals_live_bytes_whatever_its_routing(family, method):

@@ -92,6 +92,9 @@ def configurations() -> list[tuple[str, Recipe]]:
         {"method": "qlora", "double_quant": False, "quant_block": 128, "kbit_fp32": False},
         {"method": "qdora", "kbit_fp32": False},
         {"method": "full", "seq": 256, "batch": 8},
+        {"method": "full", "logits": "labelled", "labelled": 0.25},
+        {"method": "lora", "logits": "chunked", "labelled": 0.25},
+        {"method": "full", "logits": "chunked", "dtype": "fp32"},
         {"method": "lora-int8", "kbit_fp32": False},
         {"method": "lora-int8", "checkpointing": True},
     ]
@@ -104,6 +107,7 @@ def name_of(family: str, recipe: Recipe) -> str:
     words += [f"dropout {recipe.dropout}"] * bool(recipe.dropout)
     words += [f"adapters {recipe.adapter_dtype}"] * (recipe.adapter_dtype != "fp32")
     words += ["+".join(recipe.targets)] * (recipe.targets != "all-linear")
+    words += [f"logits {recipe.logits}"] * (recipe.logits != "full")
     words += ["rest fp32"] * (recipe.quantised and recipe.kbit_fp32)
     return " ".join([*words, recipe.optimizer, recipe.update])
 

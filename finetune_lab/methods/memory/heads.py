@@ -1,7 +1,7 @@
 """The output head and the loss: where a large vocabulary costs most.
 
 full: transformers' ForCausalLMLoss (logits everywhere, an fp32 copy, the fp32 log-softmax that is saved, its gradient).
-labelled and chunked: `methods.loss.labelled_only_loss` and `chunked_loss`, equal to them up to some small index tensors.
+labelled and chunked: `methods.loss.labelled_only_loss` and `chunked_loss`, equal to them to the byte.
 In production: `transformers.loss.loss_utils`; Liger's fused linear cross-entropy; Cut Cross-Entropy (2411.09009).
 """
 
@@ -60,13 +60,12 @@ def labelled(model: Decoder, x: Value, weight: Value, rows: int) -> Value:
     def backward(tape, g, saved, wanted):
         return [tape.new(before, g.size)]
 
-    places = tape.new(2 * rows, 8)
-    picked = tape.apply([states], [places], backward, rows * hidden, x.size)
+    picked = tape.apply([states], [counted], backward, rows * hidden, x.size)
     logits = op.linear(tape, picked, weight, rows, kind="logits")
+    del picked
     tape.moment = "loss"
-    out = _nll(tape, op.to(tape, logits, 4), tape.new(rows, 8))
-    del counted
-    return out
+    total = _nll(tape, op.to(tape, logits, 4), tape.new(rows, 8))
+    return op.divide(tape, total, tape.new(1, 8))
 
 
 def chunked(model: Decoder, x: Value, weight: Value, rows: int) -> Value:
@@ -78,19 +77,51 @@ def chunked(model: Decoder, x: Value, weight: Value, rows: int) -> Value:
     def gather(tape, g, saved, wanted):
         return [tape.new(before, g.size)]
 
-    picked = tape.apply([states], [tape.new(rows, 8)], gather, rows * hidden, x.size)
+    counted = tape.new(rows, 8)
+    flat = op.copy(tape, states) if model.batch > 1 else states
+    picked = tape.apply([flat], [counted], gather, rows * hidden, x.size)
+    del flat
     tape.moment = "loss"
-    tile = max(256, TILE // rows) * rows
-    target, mixed = tape.new(picked.n, 4), tape.new(picked.n, 4)
-    tape.new(tile, x.size, "logits"), tape.new(tile, 4, "logits")  # one tile, and its fp32 copy
-    to_x = tape.new(picked.n, x.size)
-    to_weight = None
-    if weight.node is not None:
-        to_weight = tape.new(weight.n, weight.size)
-        tape.new(weight.n, weight.size)  # the tiles before they are joined
-    del target, mixed
+    vocab, wide, targets = weight.n // hidden, x.size < 4, tape.new(rows, 8)
+    tile = min(max(256, TILE // rows), vocab)
+
+    def logits(width: int) -> Value:
+        narrow = tape.new(rows * width, x.size, "logits")
+        return tape.new(rows * width, 4, "logits") if wide else narrow
+
+    def gradient() -> Value:
+        """Tiles of the head's gradient, then joined; the fullest is the last whole tile or what remains after it."""
+        before = (vocab - 1) // tile * tile
+        whole = [(before - tile, tile)] if before else []
+        for start, width in [*whole, (before, vocab - before)]:
+            done = tape.new(start * hidden, x.size)
+            exp, rows_fp32 = logits(width), tape.new(picked.n, 4) if wide else None
+            made = tape.new(width * hidden, 4)
+            del exp, rows_fp32
+            made = op.to(tape, made, x.size)
+            if start != before:
+                del done, made
+        return tape.new(weight.n, x.size)
+
+    def tiled() -> list[Value]:
+        target, mixed = tape.new(picked.n, 4), tape.new(picked.n, 4)
+        sums = tape.new(4 * rows, 4)  # maximum and sum of each row, before and after
+        exp = logits(tile)
+        product = [tape.new(rows * tile, x.size, "logits") if wide else exp, tape.new(picked.n, x.size)]
+        product.clear()
+        del exp
+        lse = tape.new(rows, 4)
+        quotient = tape.new(picked.n, 4)
+        to_x = [op.to(tape, quotient, x.size)]
+        del quotient
+        made = to_x + ([gradient()] if weight.node is not None else [])
+        del target, mixed, sums, lse  # locals until here
+        return made
 
     def backward(tape, g, saved, wanted):
         return [saved[0] if wanted[0] else None, saved[-1] if wanted[1] else None]
 
-    return tape.apply([picked, weight], [v for v in (to_x, to_weight) if v], backward, 1, 4)
+    made = tiled()
+    total = tape.apply([picked, weight], made, backward, 1, 4)
+    del targets
+    return op.scale(tape, total)
