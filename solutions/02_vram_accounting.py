@@ -602,7 +602,8 @@ def zero_bytes_per_rank(parameters: float, ranks: int, stage: int) -> float:
 
 
 zero_bytes_per_rank = check.zero_bytes_per_rank(zero_bytes_per_rank)
-print("7B, GB a rank    1      2      4      8     64")
+print("7B, GB on each rank")
+print("ranks    ", *(f"{ranks:4}  " for ranks in (1, 2, 4, 8, 64)))
 for stage in range(4):
     print(f"stage {stage}", *(f"{zero_bytes_per_rank(7e9, ranks, stage) / GB:6.1f}" for ranks in (1, 2, 4, 8, 64)))
 
