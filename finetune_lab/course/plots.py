@@ -104,7 +104,7 @@ def bars(values: dict[str, float], title: str, y: str, errors: dict[str, float] 
 def png(figure: Figure) -> bytes:
     """The figure as PNG bytes with at most 128 colours (a third of the size), the same bytes for the same figure."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"axes.formatter.min_exponent": 4}):  # logarithmic axes: 0.006, not 6 x 10^-3
+    with matplotlib.rc_context({"axes.formatter.min_exponent": 5}):  # logarithmic axes: 0.006, not 6 x 10^-3
         figure.savefig(buffer, format="png", dpi=_DPI)
     small = io.BytesIO()
     Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
