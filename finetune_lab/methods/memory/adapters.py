@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from finetune_lab.methods.memory import operations as op
 from finetune_lab.methods.memory.architecture import Linear
 from finetune_lab.methods.memory.recipe import DTYPES
-from finetune_lab.methods.memory.tape import Tape, Value
+from finetune_lab.methods.memory.tape import Tape
+from finetune_lab.methods.memory.values import Value
 
 if TYPE_CHECKING:
     from finetune_lab.methods.memory.model import Decoder

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from finetune_lab.methods.memory import operations as op
-from finetune_lab.methods.memory.tape import Tape, Value
+from finetune_lab.methods.memory.tape import Tape
+from finetune_lab.methods.memory.values import Value
 
 if TYPE_CHECKING:
     from finetune_lab.methods.memory.model import Decoder

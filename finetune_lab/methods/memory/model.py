@@ -12,7 +12,8 @@ from finetune_lab.methods.memory.architecture import Architecture
 from finetune_lab.methods.memory.experts import experts
 from finetune_lab.methods.memory.recipe import DTYPES, Recipe
 from finetune_lab.methods.memory.states import targets
-from finetune_lab.methods.memory.tape import Tape, Value
+from finetune_lab.methods.memory.tape import Tape
+from finetune_lab.methods.memory.values import Value
 
 
 class Decoder:

@@ -5,7 +5,8 @@ Each function is one line of torch's derivatives.yaml: the saved tensors and the
 Checked against the operations that a dispatch-mode tracker sees, one by one. `rows` are tokens.
 """
 
-from finetune_lab.methods.memory.tape import Tape, Value
+from finetune_lab.methods.memory.tape import Tape
+from finetune_lab.methods.memory.values import Value
 
 
 def same(tape: Tape, g: Value, saved: list, wanted: list) -> list:
