@@ -276,6 +276,7 @@ for r in ranks:
 figure = plots.line(ranks, spread, "rsLoRA keeps the output's size as rank grows", "rank r (alpha = 16)", "output std")
 figure.axes[0].set_yscale("log")
 figure.axes[0].set_xscale("log", base=2)
+figure.axes[0].set_xticks(ranks, ranks)
 figure.set_size_inches(5.4, 2.7)
 plots.show(figure, alt=f"LoRA falls from {spread['LoRA'][0]:.1f} to {spread['LoRA'][-1]:.2f}; rsLoRA stays between "
            f"{min(spread['rsLoRA']):.1f} and {max(spread['rsLoRA']):.1f}.")  # fmt: skip
@@ -558,7 +559,7 @@ print(f"magnitude from before the loading: weight off by {(stale - loaded).norm(
 torch.manual_seed(0)
 tuned("DoRA", dora.DoRALinear)
 figure, ax = plots.axes(
-    "LoRA couples length and turn", "turn of the rows, 1 - cos", "change of their length", size=(5.2, 2.8)
+    "LoRA couples length and turn most closely", "turn of the rows, 1 - cos", "change of their length", size=(5.2, 2.8)
 )
 signs = {}
 for (name, points), colour, marker in zip(trails.items(), plots.COLOURS, plots.MARKERS, strict=False):
