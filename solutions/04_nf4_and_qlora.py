@@ -756,7 +756,7 @@ for name, some in {"bitsandbytes": prepared, "ours": mine}.items():
 
 # %% [markdown]
 # On a GPU, add `device_map="auto"` and set the compute dtype to bf16; the rest stays. For several GPUs with FSDP set
-# `bnb_4bit_quant_storage=torch.bfloat16` too: it works since bitsandbytes 0.43 (2024).
+# `bnb_4bit_quant_storage=torch.bfloat16` too: it works since 2024 (release 0.43 of bitsandbytes).
 #
 # ## Three faults of bitsandbytes on CPUs
 # Measured on version 0.50.2; which of them shows depends on the processor. All are silent or strange, and each has a test.
