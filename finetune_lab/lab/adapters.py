@@ -9,7 +9,9 @@ In production: `peft.PeftModel.save_pretrained` and `from_pretrained`.
 """
 
 import json
+import os
 import re
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -48,7 +50,6 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str | None = Non
         raise UserError(f"{missing}; the model has: {', '.join(adapters(model)) or 'none'}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _config(model, layers).save_pretrained(str(folder))
     tensors = {}
     for path, layer in layers.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.A
@@ -56,11 +57,15 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str | None = Non
         if isinstance(layer, DoRALinear):
             tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = layer.magnitude
     base = {path: [round(x, 4) for x in fingerprint(layer.base_weight)] for path, layer in layers.items()}
-    save_file(
-        {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
-        folder / WEIGHTS,
-        metadata={"format": "pt", BASE: json.dumps(base)},
-    )
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:  # a kill leaves the older adapter whole
+        _config(model, layers).save_pretrained(part)
+        save_file(
+            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
+            Path(part) / WEIGHTS,
+            metadata={"format": "pt", BASE: json.dumps(base)},
+        )
+        for name in (WEIGHTS, CONFIG):
+            os.replace(Path(part) / name, folder / name)
     return folder
 
 
