@@ -1,30 +1,10 @@
 """What lesson 03 promises is what its executed solution shows: read from the outputs that readers see."""
 
 import re
-from pathlib import Path
 
-import nbformat
 import pytest
 
 from finetune_lab.course import bench
-
-SOLUTION = Path(__file__).resolve().parents[2] / "solutions" / "03_lora_and_dora.ipynb"
-
-
-@pytest.fixture(scope="module")
-def notebook():
-    return nbformat.read(SOLUTION, as_version=4)
-
-
-@pytest.fixture(scope="module")
-def printed(notebook):
-    return "\n".join(
-        output.text
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-        if output.output_type == "stream"
-    )
 
 
 @pytest.fixture(scope="module")

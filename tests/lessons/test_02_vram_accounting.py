@@ -1,19 +1,6 @@
 """What lesson 02 promises is what its executed solution shows: read from the outputs that readers see."""
 
 import re
-from pathlib import Path
-
-import nbformat
-import pytest
-
-SOLUTION = Path(__file__).resolve().parents[2] / "solutions" / "02_vram_accounting.ipynb"
-
-
-@pytest.fixture(scope="module")
-def printed():
-    cells = nbformat.read(SOLUTION, as_version=4).cells
-    outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
-    return "\n".join(output.text for output in outputs if output.output_type == "stream")
 
 
 def integer(text: str) -> int:
