@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 
+import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 
@@ -57,6 +58,17 @@ def _quiet_stderr() -> Iterator[None]:
         os.dup2(keep, 2)
         os.close(keep)
         os.close(nowhere)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread inside, as before afterwards; also a decorator: `@one_thread()`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def interleaved_seconds(fns: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, list[float]]:

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finetune_lab.lab.meter import interleaved_seconds, median_ratio, peak_bytes
+from finetune_lab.lab.meter import interleaved_seconds, median_ratio, one_thread, peak_bytes
 from finetune_lab.methods.memory.tensors import saved_bytes
 
 NAME = "levers"
@@ -127,15 +127,11 @@ def compiled() -> list[dict]:
     ]  # fmt: skip
 
 
+@one_thread()
 def run(quick: bool) -> list[dict]:
     """Rows of every lever, on one thread. `quick`: two layers, 64 tokens, goals for the bytes only."""
     size = QUICK if quick else FULL
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        rows = []
-        for lever, goals in GOALS.items():
-            rows += compare(lever, size, (goals[0], None, None) if quick else goals)
-        return rows + in_bf16(size) + (compiled() if size["compile"] else [])
-    finally:
-        torch.set_num_threads(threads)
+    rows = []
+    for lever, goals in GOALS.items():
+        rows += compare(lever, size, (goals[0], None, None) if quick else goals)
+    return rows + in_bf16(size) + (compiled() if size["compile"] else [])

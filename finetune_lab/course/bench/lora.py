@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finetune_lab.lab.meter import interleaved_seconds, peak_bytes
+from finetune_lab.lab.meter import interleaved_seconds, one_thread, peak_bytes
 from finetune_lab.methods.inject import inject
 from finetune_lab.methods.lora_fused import FusedDoRALinear, FusedLoRALinear, dora_time_floor, lora_time_floor
 
@@ -223,15 +223,9 @@ def in_a_model(dtype_name: str, tokens: int, r: int = 8) -> list[dict]:
     return rows
 
 
+@one_thread()
 def run(quick: bool) -> list[dict]:
     """Rows for every width, rank and dtype, on one thread; `quick` takes one small layer and its own, lower goals."""
     size = QUICK if quick else FULL
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        rows = [
-            row for d in size["widths"] for r in size["ranks"] for name in DTYPES for row in compare(d, r, name, size)
-        ]
-        return rows + [row for name in DTYPES for row in in_a_model(name, size["tokens"])]
-    finally:
-        torch.set_num_threads(threads)
+    rows = [row for d in size["widths"] for r in size["ranks"] for name in DTYPES for row in compare(d, r, name, size)]
+    return rows + [row for name in DTYPES for row in in_a_model(name, size["tokens"])]

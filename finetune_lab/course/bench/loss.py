@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from finetune_lab.lab.meter import interleaved_seconds, median_ratio, peak_bytes
+from finetune_lab.lab.meter import interleaved_seconds, median_ratio, one_thread, peak_bytes
 from finetune_lab.methods.loss import chunked_loss, labelled_only_loss
 
 NAME = "loss"
@@ -106,12 +106,8 @@ def compare(vocab: int, dtype_name: str, size: dict) -> list[dict]:
     return rows
 
 
+@one_thread()
 def run(quick: bool) -> list[dict]:
     """Rows for every vocabulary and dtype, on one thread; `quick` takes a small head and its own, lower goals."""
     size = QUICK if quick else FULL
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return [row for vocab in size["vocabs"] for name in DTYPES for row in compare(vocab, name, size)]
-    finally:
-        torch.set_num_threads(threads)
+    return [row for vocab in size["vocabs"] for name in DTYPES for row in compare(vocab, name, size)]

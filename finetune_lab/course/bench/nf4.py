@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from finetune_lab.lab import bnb_faults, tasks, train
 from finetune_lab.lab.evaluate import evaluate, general, perplexity
-from finetune_lab.lab.meter import interleaved_seconds, median_ratio, peak_bytes
+from finetune_lab.lab.meter import interleaved_seconds, median_ratio, one_thread, peak_bytes
 from finetune_lab.lab.models import load
 from finetune_lab.lab.rounding import FORMATS, errors, optimality, rounded, weights_by_kind
 from finetune_lab.lab.tiers import TINY
@@ -226,27 +226,23 @@ def fault_rows() -> list[dict]:
     return rows
 
 
+@one_thread()
 def run(quick: bool) -> list[dict]:
     """All rows, on one thread; `quick` takes one small weight, few samples and items, and lower goals."""
     size = QUICK if quick else FULL
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        rows = [r for dtype, shapes in size["shapes"].items() for shape in shapes for r in speed(dtype, shape, size)]
-        rows += bits()
-        for width in size["layers"]:
-            rows += layer_rows(width, size["rounds"])
-        rows += adam_rows() + fault_rows()
-        kinds = weights_by_kind(size["samples"], real=not quick)  # from here on nothing is timed
-        rows += error_rows(kinds)
-        rows += [row(f"code book: {what}", *found) for what, found in optimality(kinds["Gaussian"]).items()]
-        rows += base_rows("tiny", size["items"], MODEL_FORMATS[:2] if quick else MODEL_FORMATS)
-        if not quick:
-            rows += tuned_rows(size["items"])
-            if "smollm2" in kinds:
-                rows += base_rows("smollm2-135m", 24, MODEL_FORMATS)
-            else:
-                rows.append(row("smollm2: left out, its files are not on this machine", 1, "count"))
-        return rows
-    finally:
-        torch.set_num_threads(threads)
+    rows = [r for dtype, shapes in size["shapes"].items() for shape in shapes for r in speed(dtype, shape, size)]
+    rows += bits()
+    for width in size["layers"]:
+        rows += layer_rows(width, size["rounds"])
+    rows += adam_rows() + fault_rows()
+    kinds = weights_by_kind(size["samples"], real=not quick)  # from here on nothing is timed
+    rows += error_rows(kinds)
+    rows += [row(f"code book: {what}", *found) for what, found in optimality(kinds["Gaussian"]).items()]
+    rows += base_rows("tiny", size["items"], MODEL_FORMATS[:2] if quick else MODEL_FORMATS)
+    if not quick:
+        rows += tuned_rows(size["items"])
+        if "smollm2" in kinds:
+            rows += base_rows("smollm2-135m", 24, MODEL_FORMATS)
+        else:
+            rows.append(row("smollm2: left out, its files are not on this machine", 1, "count"))
+    return rows

@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import pack_dataset
 
 from finetune_lab.lab import models, tasks
-from finetune_lab.lab.meter import interleaved_seconds, median_ratio
+from finetune_lab.lab.meter import interleaved_seconds, median_ratio, one_thread
 from finetune_lab.lab.packed import packed_batches, use_document_attention
 from finetune_lab.lab.train import collate, encode
 from finetune_lab.methods.packing import best_fit, token_efficiency
@@ -198,12 +198,8 @@ def isolation_rows() -> list[dict]:
     return rows
 
 
+@one_thread()
 def run(quick: bool) -> list[dict]:
     """All rows, on one thread; `quick` takes fewer documents, one layer and its own, lower goals."""
     size = QUICK if quick else FULL
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return [*efficiency_rows(size), *isolation_rows(), *step_rows(size)]
-    finally:
-        torch.set_num_threads(threads)
+    return [*efficiency_rows(size), *isolation_rows(), *step_rows(size)]

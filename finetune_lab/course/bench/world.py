@@ -7,11 +7,11 @@ Seconds are CPU time of the training loop. "sd" is the sample standard deviation
 import statistics
 import time
 
-import torch
 from tqdm import tqdm
 
 from finetune_lab.lab import models, tasks, tiers, train
 from finetune_lab.lab.evaluate import evaluate, general
+from finetune_lab.lab.meter import one_thread
 
 NAME = "world"
 HELP = "the tiny model: what the base knows, what fine-tuning teaches it, what it forgets"
@@ -47,15 +47,11 @@ def spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+@one_thread()
 def run(quick: bool) -> list[dict]:
     """All rows; `quick`: 40 items, one seed, a quarter of the steps, and no goals for what was trained less."""
     n, seeds = (40, 1) if quick else (200, 5)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _base(n) + _fine_tunes(n, seeds, quick)
-    finally:
-        torch.set_num_threads(threads)
+    return _base(n) + _fine_tunes(n, seeds, quick)
 
 
 def _base(n: int) -> list[dict]:
