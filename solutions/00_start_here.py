@@ -246,7 +246,7 @@ print(exact_match(after, [tasks.reference(item) for item in tests]))
 # | 07 model merging | Can two skills be added up? |
 # | 16 interview drills | Would you say it right on Thursday? |
 #
-# Lessons 00, 01 and 16 are written, the others are planned. The order is that of practice: first SFT (*how to answer*), then preference alignment (*which answer is better*). DPO,
+# The table in the README says which lessons are written. The order is that of practice: first SFT (*how to answer*), then preference alignment (*which answer is better*). DPO,
 # by the way, is not reinforcement learning. Pictures to remember them by: full fine-tuning rewrites the book, LoRA writes
 # notes in its margin, a quantized base is the paperback edition.
 

@@ -23,7 +23,9 @@ def number(id: str, guess, actual, unit: str = "") -> None:
         print(f"[ ] {id}: no prediction yet: write a number first. It is {_show(actual, unit)}.")
         return
     if not isinstance(guess, int | float) or isinstance(guess, bool) or not abs(guess) < 1e300:  # nan, inf
-        print(f"[ ] {id}: a prediction is a number, like guess = 30; yours is {guess!r}. It is {_show(actual, unit)}.")
+        print(
+            f"[ ] {id}: a prediction is a number, like guess = 30; yours is {guess!r}. Correct it and run the cell again."
+        )
         return
     off = abs(guess - actual)
     off_unit = "points" if unit == "%" else unit
@@ -40,7 +42,8 @@ def choice(id: str, guess, actual: str, options: list[str]) -> None:
         print(f"[ ] {id}: no prediction yet: write one of {', '.join(map(repr, options))} first. It is {actual!r}.")
     elif guess not in options:
         print(
-            f"[ ] {id}: a prediction is one of {', '.join(map(repr, options))}; yours is {guess!r}. It is {actual!r}."
+            f"[ ] {id}: a prediction is one of {', '.join(map(repr, options))}; yours is {guess!r}. "
+            "Correct it and run the cell again."
         )
     else:
         verdict = "right" if guess == actual else "not what you expected"

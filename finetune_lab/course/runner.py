@@ -129,7 +129,7 @@ def _status(args: argparse.Namespace) -> int:
         done = sum(row["state"] == "ok" for row in lesson["exercises"])
         print(f"{lesson['lesson']}: {done} of {len(lesson['exercises'])} exercises")
         for row in lesson["exercises"]:
-            tries = f"  ({row['tries']} tries so far)" if row["state"] == "tried" else ""
+            tries = f"  (not right yet, tries: {row['tries']})" if row["state"] == "tried" else ""
             print(f"  {mark[row['state']]:<4} {row['id']} {row['title']}{tries}")
     if data["predictions"]:
         print("predictions (your first guess counts)")

@@ -74,6 +74,12 @@ def test_a_wrong_request_gets_one_sentence(words, says, capsys):
     assert says in error and error.count("\n") == 1
 
 
+def test_the_table_ends_with_what_was_missed():
+    rows = [{"name": name, "holds": holds} for name, holds in {"a": True, "b": False, "c": None}.items()]
+    assert bench.summary(rows) == ["\n1 of 2 goals hold; missed:", "b"]
+    assert bench.summary(rows[2:]) == []
+
+
 def test_a_row_that_is_not_recorded_is_named():
     with pytest.raises(ValueError, match="has no row 'nothing'"):
         bench.figure("world", "nothing")

@@ -96,12 +96,18 @@ def test_the_first_prediction_is_the_one_that_counts(capsys):
     assert (entry["first"], entry["guess"], entry["error"]) == (30, 87.5, 57.5)
 
 
-@pytest.mark.parametrize("guess, says", [(..., "write a number first"), (None, "write a number first"),
-                                         ("30%", "a prediction is a number"), (float("nan"), "a prediction is a number"), (True, "a prediction is a number")])  # fmt: skip
-def test_without_a_number_the_value_is_shown_and_nothing_stored(guess, says, capsys):
+@pytest.mark.parametrize("guess", [..., None])
+def test_without_a_guess_the_value_is_shown_and_nothing_stored(guess, capsys):
     predict.number("01-p1", guess, 5)
     out = capsys.readouterr().out
-    assert says in out and "It is 5." in out and not progress.path().exists()
+    assert "write a number first" in out and "It is 5." in out and not progress.path().exists()
+
+
+@pytest.mark.parametrize("guess", ["30%", float("nan"), True])
+def test_a_guess_that_is_no_number_gives_nothing_away(guess, capsys):
+    predict.number("01-p1", guess, 5)
+    out = capsys.readouterr().out
+    assert "a prediction is a number" in out and "5" not in out and not progress.path().exists()
 
 
 def test_a_choice_is_right_or_not(capsys):

@@ -100,7 +100,7 @@ def test_status_tells_ok_tried_not_yet_and_predictions(lesson, registry, capsys,
     assert "99_masks: 1 of 3 exercises" in out
     assert (
         "[ok] 99.1 hide the prompt" in out
-        and "[x]  99.2 a scaled layer  (1 tries so far)" in out
+        and "[x]  99.2 a scaled layer  (not right yet, tries: 1)" in out
         and "[ ]  99.3" in out
     )
     assert "99-p1: you said 4, it was 5.5: off by 1.5" in out
