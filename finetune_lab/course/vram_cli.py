@@ -46,6 +46,12 @@ NUMBERS = {
     "--generations": ("generations", int, "GRPO: answers to one prompt"),
     "--completion": ("completion", int, "PPO, GRPO: tokens written, a part of --seq"),
 }
+ADAPTER_ONLY = {
+    "--rank": "rank",
+    "--targets": "targets",
+    "--dropout": "dropout",
+    "--adapter-dtype": "adapter_dtype",
+}
 
 
 def register(subparsers) -> None:
@@ -98,9 +104,40 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     if given.get("objective") == "dpo" and "reference" not in given:
         given["reference"] = "separate" if given.get("method") == "full" else "adapter-off"
     try:
-        return Recipe(**given)
+        recipe = Recipe(**given)
     except ValueError as error:
         raise UserError(str(error)) from None
+    _refuse_without_effect(args, recipe)
+    return recipe
+
+
+def _refuse_without_effect(args: argparse.Namespace, recipe: Recipe) -> None:
+    """A flag that was given and would change nothing is a misunderstanding: say so before a figure is believed."""
+    objective = recipe.objective
+    if recipe.sharding != "none" and recipe.ranks == 1:
+        said = f"--zero {args.zero}" if args.zero else f"--sharding {recipe.sharding}"
+        verb = "copies" if recipe.sharding == "ddp" else "shards"
+        raise UserError(f"{said} {verb} over ranks: give --ranks N of at least 2.")
+    if recipe.method == "full":
+        for option, field in ADAPTER_ONLY.items():
+            if getattr(args, field) is not None:
+                raise UserError(f"{option} describes an adapter, and --method full has none: leave {option} out.")
+    if args.labelled is not None and objective == "reward":
+        raise UserError("--labelled has no effect with --objective reward, which has no logits of words: leave it out.")
+    if args.labelled is not None and recipe.logits == "full":
+        raise UserError("--labelled has no effect while logits exist at every position: give --logits labelled too.")
+    if args.generations is not None and objective != "grpo":
+        raise UserError(f"--generations belongs to --objective grpo, and this is {objective}: leave it out.")
+    if args.completion is not None and objective not in ("ppo", "grpo"):
+        raise UserError(f"--completion belongs to --objective ppo and grpo, and this is {objective}: leave it out.")
+
+
+def notes(architecture: Architecture, recipe: Recipe) -> list[str]:
+    """What a reader of these figures should know, in sentences."""
+    if architecture.max_positions and recipe.seq > architecture.max_positions:
+        limit = f"{architecture.max_positions:,} positions of {architecture.name}"
+        return [f"{recipe.seq:,} tokens are more than the {limit}: the model was not made for this length."]
+    return []
 
 
 def command(args: argparse.Namespace) -> int:
@@ -116,10 +153,14 @@ def command(args: argparse.Namespace) -> int:
         ledger = estimate(architecture, recipe)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if args.master_weights and not any(line.category == "master weights" for line in (*ledger.lines, *ledger.host)):
+        raise UserError(
+            "--master-weights copies trained 16-bit weights, and all that trains here is fp32 already: leave it out."
+        )
     limit = card or budget
     asked = None if args.fit is None else solve(architecture, recipe, budget[1])
     if args.json:
-        result = report.as_json(architecture, recipe, ledger)
+        result = report.as_json(architecture, recipe, ledger) | {"notes": notes(architecture, recipe)}
         if limit:
             result["budget"] = {"name": limit[0], "bytes": limit[1], "fits": ledger.total_on_device <= limit[1]}
         if asked:
@@ -166,7 +207,10 @@ def solve(architecture: Architecture, recipe: Recipe, budget: int) -> dict:
 def show(
     architecture: Architecture, recipe: Recipe, ledger: Ledger, limit: tuple[str, int] | None, every: bool
 ) -> None:
-    print(f"{report.headline(architecture, recipe)}\n\n{report.table(ledger, every)}\n\n{report.moments(ledger)}\n")
+    print(report.headline(architecture, recipe))
+    for note in notes(architecture, recipe):
+        print(f"Note: {note}")
+    print(f"\n{report.table(ledger, every)}\n\n{report.moments(ledger)}\n")
     print(report.summary(ledger))
     if limit:
         print(report.verdict(ledger, *limit))

@@ -151,6 +151,32 @@ def test_help_has_an_example(capsys):
     assert "finetune-lab vram llama-3.1-8b --method qlora" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--zero 3 --ranks 2",
+        "--sharding none",
+        "--labelled 0.2 --logits labelled",
+        "--labelled 0.2 --logits chunked",
+        "--objective grpo --generations 4 --completion 64",
+        "--method full --master-weights",
+        "--method full --master-weights --offload all",
+        "--adapter-dtype bf16 --master-weights",
+    ],
+)
+def test_a_flag_that_counts_is_taken(vram, words):
+    code, _, error = vram("llama-3.2-1b", *words.split())
+    assert (code, error) == (0, "")
+
+
+@pytest.mark.parametrize(("seq", "noted"), [("131072", False), ("200000", True)])
+def test_a_sequence_beyond_the_models_positions_gets_a_note(vram, seq, noted):
+    said = "200,000 tokens are more than the 131,072 positions of llama-3.1-8b"
+    assert (f"Note: {said}" in vram("llama-3.1-8b", "--seq", seq)[1]) is noted
+    found = json.loads(vram("llama-3.1-8b", "--seq", seq, "--json")[1])["notes"]
+    assert any(said in note for note in found) is noted
+
+
 # ---- bad input: one sentence, exit code 2 ----
 
 LLAMA = dict(PRESETS["llama-3.2-1b"])
@@ -177,6 +203,25 @@ def one_sentence(result, words):
     assert len(error.strip().splitlines()) == 1 and "Traceback" not in error
 
 
+WITHOUT_EFFECT = {
+    "--zero 3": "--zero 3 shards over ranks: give --ranks N of at least 2",
+    "--zero 1 --ranks 1": "--zero 1 shards over ranks",
+    "--sharding fsdp": "--sharding fsdp shards over ranks",
+    "--sharding ddp": "--sharding ddp copies over ranks",
+    "--labelled 0.2": "give --logits labelled too",
+    "--labelled 0.2 --logits full": "give --logits labelled too",
+    "--labelled 0.2 --logits labelled --objective reward": "has no logits of words",
+    "--method full --rank 64": "--rank describes an adapter",
+    "--method full --dropout 0": "--dropout describes an adapter",
+    "--method full --targets q_proj": "--targets describes an adapter",
+    "--method full --adapter-dtype bf16": "--adapter-dtype describes an adapter",
+    "--generations 4": "--generations belongs to --objective grpo",
+    "--completion 64 --objective dpo": "--completion belongs to --objective ppo and grpo",
+    "--master-weights": "fp32 already",
+    "--master-weights --method full --dtype fp32": "fp32 already",
+}
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -188,6 +233,7 @@ def one_sentence(result, words):
         (["llama-3.2-1b", "--batch", "0"], "batch is 0"),
         (["llama-3.2-1b", "--optimizer", "adamv"], "optimizer 'adamv' is not known"),
         (["llama-3.2-1b", "--method", "lorra"], "method 'lorra' is not known"),
+        (["llama-3.2-1b", "--objective", "grpp", "--generations", "4"], "objective 'grpp' is not known"),
         (["llama-3.2-1b", "--method", "dpo"], "--objective dpo"),
         (["llama-3.2-1b", "--fit", "24XB"], "'24XB' is not a size"),
         (["llama-3.2-1b", "--fit", "0GB"], "no memory at all"),
@@ -197,6 +243,7 @@ def one_sentence(result, words):
         (["mixtral-8x7b"], "mixture of experts"),
         (["llama-3.2-1b", "--zero", "2", "--sharding", "fsdp"], "contradict"),
         (["llama-3.2-1b", "--ranks", "4"], "4 ranks without sharding"),
+        *((["llama-3.2-1b", *words.split()], said) for words, said in WITHOUT_EFFECT.items()),
         (["llama-3.2-1b", "--plot", "no-such-folder/x.png"], "cannot be written"),
     ],
 )
