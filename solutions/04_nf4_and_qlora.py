@@ -116,7 +116,8 @@ for k in (1, 2, 3):
 #
 # ### Exercise 4.1 · The levels of NF4 (10 minutes)
 # Upper half: 8 equal steps of probability from the offset down to 1/2. Lower half: 7 steps, mirrored. Both end at 1/2,
-# whose quantile is 0: drop it from both, add one zero. Compute in double, `torch.linspace(a, b, n).double()`.
+# whose quantile is 0: drop it from both, add one zero. Compute the quantiles in double, `torch.linspace(a, b, n).double()`.
+# The table is to be bitsandbytes' bit for bit: cast to fp32, *then* divide by the largest.
 
 # %%
 from finetune_lab.methods.codebooks import NF4_OFFSET

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from finetune_lab.course.checks import Wrong, case, exercise
+from finetune_lab.course.compare import difference
 from finetune_lab.methods import blockwise, codebooks, nf4, nf4_linear, qlora
 from finetune_lab.methods.lora import LoRALinear
 
@@ -28,6 +29,33 @@ def levels(steps_above=8, steps_below=7, offset=codebooks.NF4_OFFSET, zero=True,
     return nf4_code
 
 
+def cast_last():
+    """Divided in double: 6 levels differ in their last bit."""
+    above = codebooks.ndtri(torch.linspace(codebooks.NF4_OFFSET, 0.5, 9)[:-1].double())
+    below = -codebooks.ndtri(torch.linspace(codebooks.NF4_OFFSET, 0.5, 8)[:-1].double())
+    code = torch.cat([below, torch.zeros(1), above]).sort().values
+    return (code / code.max()).float()
+
+
+def double_steps():
+    """The steps of probability in double from the start: 8 levels differ in their last bits."""
+    above = codebooks.ndtri(torch.linspace(codebooks.NF4_OFFSET, 0.5, 9, dtype=torch.double)[:-1])
+    below = -codebooks.ndtri(torch.linspace(codebooks.NF4_OFFSET, 0.5, 8, dtype=torch.double)[:-1])
+    code = torch.cat([below, torch.zeros(1), above]).float().sort().values
+    return code / code.max()
+
+
+def to_the_bit(expected, got):
+    """NF4 itself bit for bit; a wrong answer, compared for its hint, up to rounding."""
+    exact = 0 if difference(codebooks.nf4_code(), expected) is None else None
+    return difference(expected, got, exact, exact)
+
+
+def last_bits(one, expected, got):
+    if difference(expected, got) is None:
+        return "right but for the last bits: torch.linspace(...).double(), ndtri, cast to fp32, divide, in this order"
+
+
 def even_levels():
     return torch.linspace(-1, 1, 16)
 
@@ -41,8 +69,11 @@ def both_halves_end():
 
 
 exercise(
-    "04.1", "the levels of NF4", codebooks.nf4_code, lambda draw: [case()],
+    "04.1", "the levels of NF4", codebooks.nf4_code, lambda draw: [case()], compare=to_the_bit, diagnose=last_bits,
     wrong=[
+        Wrong(cast_last, "right but for the last bit of some levels: cast to fp32 first, then divide by the largest"),
+        Wrong(double_steps, "right but for the last bits: the steps of probability are fp32 made double, "
+              "torch.linspace(a, b, n).double()"),
         Wrong(codebooks.symmetric_quantile_code, "these are the quantiles of 16 equal bins, as many notes write it: symmetric "
               "and without a zero; NF4 takes 8 quantiles above zero, 7 below, and 0 itself"),
         Wrong(even_levels, "these levels are evenly spaced: space the probabilities evenly, and take their quantiles"),
