@@ -461,9 +461,10 @@ for setting in ["full lr=0.001", "full lr=0.002", *(f"LoRA r=16 lr={rate}" for r
           f"story perplexity {ppl[0]:6.2f} ± {ppl[1]:.2f}")  # fmt: skip
 
 # %% [markdown]
-# As in the paper: at a comparable size of the update (8 to 12 %) LoRA has intruders, and full fine-tuning next to
-# none. They grow with the rate, not with the rank alone. Are they "the root of forgetting"? Not the only one here:
-# full fine-tuning at 0.002 has hardly any and forgets much.
+# The two live runs have none or next to none: their rate is too low to show any. The lines below them are the recorded
+# runs, five seeds each. There it is as in the paper: at a comparable size of the update (8 to 12 %) LoRA has intruders, and
+# full fine-tuning next to none. They grow with the rate, not with the rank alone. Are they "the root of forgetting"? Not
+# the only one here: full fine-tuning at 0.002 has hardly any and forgets much.
 #
 # ## LoRA+
 # In a wide model the right rate for `B` is larger than for `A` (2402.12354: start near a ratio of 16). It takes two parameter
@@ -575,10 +576,11 @@ tell("loss", "answers, LoRA r=16 lr=0.002", "answers, DoRA r=16 lr=0.002")
 tell("exact match", "codes, LoRA r=16 lr=0.002", "codes, DoRA r=16 lr=0.002")
 
 # %% [markdown]
-# The order is the paper's, the sign is not. LoRA couples length and turn most closely (0.97), DoRA (0.89) is where
-# full fine-tuning is (0.88). But all are positive here: in so short a training everything grows with the steps, which
-# a correlation over steps cannot tell apart. DoRA's points lie in level bands: Adam moves every magnitude by about
-# rate × steps, however far the rows turn. In what was learnt DoRA and LoRA are not apart. The paper's gains
+# The picture is one live run and its figures scatter; the recorded runs, five seeds each, are the lines below it. In
+# those the order is the paper's, the sign is not. LoRA couples length and turn most closely (recorded: 0.97), DoRA (0.89)
+# is where full fine-tuning is (0.88). But all are positive here: in so short a training everything grows with the
+# steps, which a correlation over steps cannot tell apart. DoRA's points lie in level bands: Adam moves every magnitude
+# by about rate × steps, however far the rows turn. In what was learnt DoRA and LoRA are not apart. The paper's gains
 # (LLaMA-7B, commonsense: 74.7 to 78.4) are from larger models.
 #
 # ## What DoRA costs
@@ -615,7 +617,10 @@ for row in bench.recorded("lora")["rows"]:
 
 # %%
 def merged_weight(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """W0 + scaling * B A: added in fp32, rounded once to the dtype of weight (out, in). Changes nothing in place."""
+    """W0 + scaling * B A: added in fp32, rounded once to the dtype of weight (out, in). Changes nothing in place.
+
+    weight, A and B may have different dtypes.
+    """
     # BEGIN SOLUTION
     return (weight.float() + scaling * (B.float() @ A.float())).to(weight.dtype)
     # END SOLUTION

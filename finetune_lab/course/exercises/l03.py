@@ -66,19 +66,28 @@ def variant(start=None, forward=None, scaling=None, own_base=False, frozen=True)
     return Variant
 
 
+FROZEN = "the base must be frozen: base.requires_grad_(False)"
+
+
+def trains_the_base(one, expected, got):
+    """The hint for a base that is not frozen, whatever else is wrong."""
+    return FROZEN if set(got["trained parameters"]) > set(expected["trained parameters"]) else None
+
+
 def update(layer, x):
     return layer.scaling * (x @ layer.A.T @ layer.B.T)
 
 
 exercise(
     "03.1", "LoRALinear", plain.LoRALinear, layer_cases, call=use_layer, rtol=1e-4, atol=1e-4,
+    diagnose=trains_the_base,
     wrong=[
         Wrong(variant(scaling=lambda alpha, r: 1.0), "the scale alpha / r is missing"),
         Wrong(variant(scaling=lambda alpha, r: alpha), "the update is scaled by alpha / r, not by alpha"),
         Wrong(variant(scaling=lambda alpha, r: alpha / math.sqrt(r)), "this is rsLoRA's scale; LoRA's is alpha / r"),
         Wrong(variant(own_base=True), "use the layer you were given: a new nn.Linear is random, the pre-trained weight "
               "would be lost"),
-        Wrong(variant(frozen=False), "the base must be frozen: base.requires_grad_(False)"),
+        Wrong(variant(frozen=False), FROZEN),
         Wrong(variant(start=lambda self: self.A.zero_()), "A and B are both zero: no gradient reaches either, ever; "
               "draw A at random"),
         Wrong(variant(start=lambda self: nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))), "B must start at zero: the "
