@@ -5,6 +5,7 @@ The figures come from `methods.memory.estimate`; this module only reads words an
 """
 
 import argparse
+import difflib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,7 @@ NUMBERS = {
     "--generations": ("generations", int, "GRPO: answers to one prompt"),
     "--completion": ("completion", int, "PPO, GRPO: tokens written, a part of --seq"),
 }
+PICTURES = (".png", ".svg", ".pdf")
 ADAPTER_ONLY = {
     "--rank": "rank",
     "--targets": "targets",
@@ -61,6 +63,16 @@ def register(subparsers) -> None:
         "vram", help=line, description=f"{line[0].upper()}{line[1:]}. {report.UNIT_NOTE}", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    parse = parser.parse_known_args
+
+    def parse_all(*words):
+        """What argparse would leave over for the main parser is refused here, where the right --help is named."""
+        namespace, left = parse(*words)
+        if left:
+            parser.error(f"unrecognized arguments: {' '.join(left)}")
+        return namespace, left
+
+    parser.parse_known_args = parse_all
     parser.add_argument("model", metavar="MODEL", nargs="?", help="preset, folder, config.json, or a cached hub id")
     for option, (field, text) in WORDS.items():
         allowed = ", ".join(word for word in CHOICES[field] if word)
@@ -79,8 +91,8 @@ def register(subparsers) -> None:
         "--fit", metavar="SIZE", nargs="?", const="", help="largest batch, sequence and model for 24GB (or for --gpu), and levers"
     )  # fmt: skip
     parser.add_argument("--all-lines", action="store_true", help="print the small lines too")
-    parser.add_argument("--plot", metavar="PNG", help="write a stacked bar of the peak")
-    parser.add_argument("--timeline", metavar="PNG", help="write memory through one step")
+    parser.add_argument("--plot", metavar="FILE", help="write a stacked bar of the peak (.png, .svg, .pdf)")
+    parser.add_argument("--timeline", metavar="FILE", help="write memory through one step (.png, .svg, .pdf)")
     parser.add_argument("--json", action="store_true", help="print JSON; sizes in bytes")
     parser.add_argument("--list", action="store_true", help="the presets and the cards")
     parser.set_defaults(func=command)
@@ -146,6 +158,7 @@ def command(args: argparse.Namespace) -> int:
         return show_list(args.json)
     if not args.model:
         raise UserError("which model? Give a preset, a folder, a config.json or a hub id (`finetune-lab vram --list`).")
+    _check_pictures(args)
     architecture, recipe = resolve(args.model), recipe_from(args)
     card = _card(args.gpu)
     budget = _budget(args.fit, card)
@@ -182,8 +195,41 @@ def _card(name: str | None) -> tuple[str, int] | None:
         return None
     card = find_gpu(name)
     if card is None:
-        raise UserError(f"there is no card {name!r} in the list: give one of {', '.join(GPUS)}, or --fit 24GB.")
+        near = ", ".join(f"{one}?" for one in _similar_cards(name))
+        raise UserError(
+            f"there is no card {name!r} in the list{f': {near}' if near else '.'} "
+            "`finetune-lab vram --list` names them all, and --fit 24GB takes any size."
+        )
     return card, GPUS[card]
+
+
+def _similar_cards(name: str, most: int = 3) -> list[str]:
+    """Cards whose name contains what was said, else the one spelled most like it."""
+    cards = {"".join(filter(str.isalnum, card)).lower(): card for card in GPUS}
+    said = "".join(filter(str.isalnum, name)).lower()
+    inside = [card for plain, card in cards.items() if said and said in plain]
+    return inside[:most] or [cards[plain] for plain in difflib.get_close_matches(said, cards, n=1)]
+
+
+def _check_pictures(args: argparse.Namespace) -> None:
+    """Refuse a picture that could not be written, before anything is computed."""
+    for option, path in (("--plot", args.plot), ("--timeline", args.timeline)):
+        if path is None:
+            continue
+        if Path(path).suffix.lower() not in PICTURES:
+            raise UserError(f"{option} {path!r} is no picture: give a file that ends in {', '.join(PICTURES)}.")
+        if not Path(path).parent.is_dir():
+            raise UserError(f"{path} cannot be written: there is no folder {Path(path).parent}.")
+
+
+def _write_picture(figure, path: Path) -> None:
+    from finetune_lab.course import plots
+
+    if path.suffix.lower() == ".png":
+        path.write_bytes(plots.png(figure))
+    else:
+        date = {".svg": "Date", ".pdf": "CreationDate"}[path.suffix.lower()]
+        figure.savefig(path, format=path.suffix.lower()[1:], metadata={date: None})  # no date in the file
 
 
 def _budget(size: str | None, card: tuple[str, int] | None) -> tuple[str, int] | None:
@@ -241,7 +287,7 @@ def _draw(args, architecture: Architecture, recipe: Recipe, ledger: Ledger, limi
     """Write the pictures that were asked for."""
     if not (args.plot or args.timeline):
         return
-    from finetune_lab.course import plots, vram_plot
+    from finetune_lab.course import vram_plot
 
     what = f"{architecture.name}, {recipe.method}"
     label = f"batch {recipe.batch} x {recipe.seq} tokens"
@@ -252,11 +298,9 @@ def _draw(args, architecture: Architecture, recipe: Recipe, ledger: Ledger, limi
     ):
         if path:
             try:
-                Path(path).write_bytes(plots.png(draw()))
+                _write_picture(draw(), Path(path))
             except OSError as error:
-                raise UserError(
-                    f"{path} cannot be written: {error.strerror}. Give a file in a folder that exists."
-                ) from None
+                raise UserError(f"{path} cannot be written: {error.strerror}. Give another file.") from None
             if not args.json:
                 print(f"written: {path}")
 

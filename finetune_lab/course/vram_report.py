@@ -71,17 +71,26 @@ def table(ledger: Ledger, every: bool = False) -> str:
 
 
 def _group(name: str, lines: list[Line], at_peak: str, peak: int, every: bool) -> list[tuple[str, str, str, str]]:
-    """A row of its own for the category, then its lines; those below SMALL of the peak in one row."""
+    """A row of its own for the category, then its lines; those below SMALL of the peak in one row.
+
+    Where all are small, the largest three are shown all the same.
+    """
     lines = sorted((line for line in lines if line.bytes), key=lambda line: -line.bytes)
     if not lines and at_peak in ("", gb(0)):
         return []
-    shown = [line for line in lines if every or line.bytes >= SMALL * peak]
+    shown = [line for line in lines if every or line.bytes >= SMALL * peak] or lines[:3]
     rest = sum(line.bytes for line in lines[len(shown) :])
     rows = [(name, gb(sum(line.bytes for line in lines)) if lines else "", at_peak, "")]
-    rows += [(f"  {line.name}", gb(line.bytes), "", line.why) for line in shown]
+    rows += [(f"  {line.name}", gb(line.bytes), "", _why(line)) for line in shown]
     if rest:
-        rows.append((f"  {len(lines) - len(shown)} smaller lines" if shown else "  in small lines", gb(rest), "", ""))
+        left = len(lines) - len(shown)
+        rows.append((f"  {left} smaller line{'s' if left > 1 else ''}", gb(rest), "", ""))
     return rows
+
+
+def _why(line: Line) -> str:
+    """The line's reason; `32 x 4096:` becomes `32 x 4,096 bytes:`, so that the unit of what is multiplied is seen."""
+    return re.sub(r"^(\d+) x (\d+):", lambda m: f"{m[1]} x {int(m[2]):,} bytes:", line.why)
 
 
 def moments(ledger: Ledger, most: int = 12) -> str:

@@ -1,6 +1,7 @@
 """`finetune-lab vram`: models by every name, figures that add up, one sentence for everything that makes no sense."""
 
 import json
+import re
 
 import pytest
 
@@ -145,6 +146,34 @@ def test_the_pictures_are_written(vram, tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (bar, line))
 
 
+@pytest.mark.parametrize(("ending", "start"), [(".svg", b"<?xml"), (".PDF", b"%PDF")])
+def test_a_picture_is_what_its_ending_says(vram, tmp_path, ending, start):
+    path = tmp_path / f"bar{ending}"
+    assert vram("llama-3.2-1b", "--plot", str(path))[0] == 0
+    assert path.read_bytes().startswith(start)
+
+
+def test_a_folder_is_not_overwritten_by_a_picture(vram, tmp_path):
+    (tmp_path / "x.png").mkdir()
+    code, _, error = vram("llama-3.2-1b", "--plot", str(tmp_path / "x.png"))
+    assert code == 2 and "cannot be written" in error
+
+
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_the_why_column_names_the_unit_of_what_it_multiplies(vram, method):
+    rows = vram("llama-3.1-8b", "--method", method, "--all-lines")[1].splitlines()
+    assert not [row for row in rows if re.search(r"\d x \d+:", row)]
+    assert "32 x 234,881,028 bytes: adamw" in "\n".join(rows) or method != "full"
+
+
+def test_a_category_of_small_lines_shows_its_largest(vram):
+    rows = vram("llama-3.1-8b", "--method", "lora")[1].splitlines()
+    start = next(n for n, row in enumerate(rows) if row.startswith("adapters "))
+    shown = rows[start + 1 : start + 5]
+    assert "in small lines" not in "\n".join(rows)
+    assert all("lora" in row and " bytes" in row for row in shown[:3]) and "smaller lines" in shown[3]
+
+
 def test_help_has_an_example(capsys):
     with pytest.raises(SystemExit):
         cli.main(["vram", "--help"])
@@ -244,12 +273,21 @@ WITHOUT_EFFECT = {
         (["llama-3.2-1b", "--zero", "2", "--sharding", "fsdp"], "contradict"),
         (["llama-3.2-1b", "--ranks", "4"], "4 ranks without sharding"),
         *((["llama-3.2-1b", *words.split()], said) for words, said in WITHOUT_EFFECT.items()),
-        (["llama-3.2-1b", "--plot", "no-such-folder/x.png"], "cannot be written"),
+        (["llama-3.2-1b", "--plot", "no-such-folder/x.png"], "there is no folder no-such-folder"),
+        (["llama-3.2-1b", "--timeline", "no-such-folder/x.png"], "there is no folder no-such-folder"),
+        (["llama-3.2-1b", "--plot", "x.txt"], "ends in .png, .svg, .pdf"),
+        (["llama-3.2-1b", "--timeline", "picture"], "ends in .png, .svg, .pdf"),
+        (["llama-3.2-1b", "--plot", ""], "ends in .png, .svg, .pdf"),
+        (["llama-3.2-1b", "--fit", "-5GB"], "-5GB (see `finetune-lab vram --help`)"),
+        (["llama-3.2-1b", "stray"], "stray (see `finetune-lab vram --help`)"),
+        (["llama-3.2-1b", "--gpu", "4090"], "in the list: RTX-4090? "),
+        (["llama-3.2-1b", "--gpu", "RTX-490"], "in the list: RTX-4090? "),
+        (["llama-3.2-1b", "--gpu", "A100"], "A100-40?, A100-80? "),
+        (["llama-3.2-1b", "--gpu", "abacus"], "in the list. `finetune-lab vram --list`"),
     ],
 )
 def test_bad_input_gets_one_sentence(vram, words, said):
-    code, out, error = vram(*words)
-    one_sentence((code, "" if "cannot be written" in said else out, error), said)
+    one_sentence(vram(*words), said)
 
 
 @pytest.mark.parametrize("text", ["not json", ""])
