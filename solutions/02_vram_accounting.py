@@ -55,12 +55,17 @@ batch = train.collate(train.encode(tokenizer, tier.items("extract", "train", rec
 del batch["attention_mask"]  # padding stands on the right: no real token sees it, and its labels are -100
 rows, length = batch["input_ids"].shape
 tokens = rows * length
+net = twin()
+weights, c = 4 * net.num_parameters(), net.config
 print(f"{tier.name} model; one step sees {rows} tickets of at most {length} tokens: {tokens} tokens")
+print(
+    f"{c.num_hidden_layers} layers of width {c.hidden_size}, vocabulary {c.vocab_size:,}; weights: {weights / MB:.1f} MB"
+)
 
 # %% [markdown]
 # ## The problem: small weights, large step
-# One step of full fine-tuning with AdamW in fp32. The weights are printed. Predict the peak of the whole step, in MB
-# (10⁶ bytes): weights, gradients, optimizer and everything between.
+# One step of full fine-tuning with AdamW in fp32. The cell above printed the tokens, the shapes and the weights. Predict the
+# peak of the whole step, in MB (10⁶ bytes): weights, gradients, optimizer and everything between.
 
 
 # %%
@@ -75,14 +80,10 @@ def step_phases(net, batch: dict, optimizer) -> dict:
     }
 
 
-net = twin()
-adamw = torch.optim.AdamW(net.parameters(), lr=1e-4)
-weights = 4 * net.num_parameters()
-print(f"weights: {weights / MB:.1f} MB")
-
 # BEGIN SOLUTION
 guess = 40
 # END SOLUTION
+adamw = torch.optim.AdamW(net.parameters(), lr=1e-4)
 curves = held_over_time(step_phases(net, batch, adamw))
 before = 3 * weights  # the weights and the two moments exist before the step
 peak = before + max(max(curve) for curve in curves.values())
@@ -360,8 +361,9 @@ for parts in (1, 2, 4):
 # %% [markdown]
 # ## The logits spike
 # The last layer makes a number for each token *and each entry of the vocabulary*, and the loss wants it in fp32. The cell
-# measures the peak of loss and backward in bytes for each such number. Predict with it: of what Llama-3.2-1B holds for a
-# token, 16 layers and logits, how many percent are logits?
+# measures the peak of loss and backward in bytes for each such number, and counts the 16 layers of Llama-3.2-1B. The
+# cell after it is yours: with plain `sft_loss`, of all that this model holds for a token, layers and logits, how many percent
+# are logits?
 
 # %%
 from finetune_lab.methods.loss import chunked_loss, labelled_only_loss, sft_loss
@@ -375,11 +377,13 @@ for way in (sft_loss, labelled_only_loss, chunked_loss):
     loss = (lambda: sft_loss(states @ head.T, wanted)) if way is sft_loss else lambda way=way: way(states, head, wanted)
     per_logit[way] = peak_bytes(lambda loss=loss: loss().backward()) / (places * vocab)
     print(f"{way.__name__:18} {per_logit[way]:5.2f} bytes for each token and vocabulary entry")
+layers_1b = 16 * layer_saved_bytes(2048, 8192, 2048, 512, 32)
+print(f"Llama-3.2-1B, one token: its 16 layers keep {layers_1b:,} bytes; vocabulary: 128,256 entries")
 
+# %%
 # BEGIN SOLUTION
 guess = 10
 # END SOLUTION
-layers_1b = 16 * layer_saved_bytes(2048, 8192, 2048, 512, 32)
 spike = per_logit[sft_loss] * 128_256
 predict.number("02-p3", guess, round(100 * spike / (spike + layers_1b)), unit="%")
 
@@ -610,8 +614,7 @@ for stage in range(4):
 # %% [markdown]
 # "112 GB needs 8 × A100" is a choice of speed: two cards of 80 GB hold the states, 56 GB each. Activations are *not*
 # sharded: each rank has its own batch. Stage 3 pays with half as much traffic again (lesson 13).
-
-# %% [markdown]
+#
 # ## Will it fit? The estimator
 # `finetune_lab.methods.memory` does what you did, for any architecture and recipe: every line with its reason, every moment
 # of the step, the peak and its moment. `LiveBytes` counts each tensor from birth to death in a real step: the proof, here and

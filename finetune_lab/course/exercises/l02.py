@@ -102,8 +102,18 @@ def gradient_as_state(model, optim):
     return right["optimizer"] + right["gradients"]
 
 
+GRADIENT = "the gradient is no optimizer state: it exists for every optimizer, and is counted once, under gradients"
+
+
+def gradient_inside(one, expected, got):
+    """The same myth beside another mistake: the first case that fails tells it."""
+    if expected["gradients"] and got["optimizer"] == expected["optimizer"] + expected["gradients"]:
+        return GRADIENT
+    return None
+
+
 exercise(
-    "02.1", "what a model and its optimizer hold", tensors.held_bytes, held_cases, call=trained,
+    "02.1", "what a model and its optimizer hold", tensors.held_bytes, held_cases, call=trained, diagnose=gradient_inside,
     wrong=[
         Wrong(held(weights=lambda m, o: by_size(m.state_dict().values())), "tied weights are counted twice: state_dict() "
               "lists them under both names; count each storage once"),
@@ -115,8 +125,7 @@ exercise(
               "memory too: count all parameters"),
         Wrong(held(optimizer=lambda m, o: 2 * by_size(p for p in m.parameters() if p.requires_grad)), "two moments a "
               "parameter is a rule for AdamW after its first step: count the tensors that lie in optimizer.state"),
-        Wrong(held(optimizer=gradient_as_state), "the gradient is no optimizer state: it exists for every optimizer, and "
-              "is counted once, under gradients"),
+        Wrong(held(optimizer=gradient_as_state), GRADIENT),
         Wrong(held(optimizer=lambda m, o: by_size(state_of(o))), "a storage that several states share (the code book of "
               "8-bit states) lies in memory once: key by untyped_storage().data_ptr()"),
     ],
@@ -125,9 +134,44 @@ exercise(
 
 # 02.2 bytes_per_parameter
 
+ROWS = [  # what each row adds up, and what people write there instead
+    ("bf16 everywhere, four tensors",
+     {4: "the two moments are missing", 6: "AdamW keeps two moments, m and v, and there is a gradient",
+      10: "bf16 is 2 bytes, for the moments too", 12: "those are fp32 moments: here they are bf16",
+      16: "4 bytes each would be fp32"}),
+    ("weights and gradients as in row 1, the moments in fp32",
+     {8: "fp32 moments have 4 bytes each, and there are two", 10: "the gradient is missing, 2 bytes",
+      14: "weights and gradients are bf16, 2 bytes each", 16: "there is no master copy in this row"}),
+    ("row 2 and an fp32 master copy",
+     {12: "the master copy is missing", 14: "the master copy has 4 bytes, not 2, and the bf16 gradient counts too",
+      18: "the gradient is bf16 in this row"}),
+    ("fp32 everywhere, four tensors",
+     {8: "fp32 is 4 bytes, for all four", 12: "three tensors of 4 bytes; there are four: weights, gradients, m and v",
+      14: "the weights are fp32 here, and nothing is bf16", 18: "there is no bf16 copy in this row", 20: "AdamW keeps two moments, not three"}),
+    ("row 4 and a bf16 copy",
+     {14: "weights, copy, gradient, m and v: five tensors", 16: "the bf16 copy counts too, and the gradient is fp32",
+      20: "the copy is bf16, 2 bytes", 12: "the weights lie there twice, and there are two moments"}),
+]  # fmt: skip
+
+
+def first_wrong_row(one, expected, got):
+    if not isinstance(got, list | tuple) or len(got) != len(expected):
+        return "write a list of five numbers, one for each row"
+    for n, (want, have, (says, typical)) in enumerate(zip(expected, got, ROWS, strict=True), 1):
+        if have is ...:
+            return f"row {n} is not filled in yet"
+        if have != want:
+            return f"row {n} is the first that differs ({says}): {typical.get(have, 'add up its tensors one by one')}"
+    return None
+
+
 exercise(
-    "02.2", "five ways to count", [8, 12, 16, 16, 18], name="bytes_per_parameter",
+    "02.2", "five ways to count", [8, 12, 16, 16, 18], name="bytes_per_parameter", diagnose=first_wrong_row,
     wrong=[
+        Wrong([8, 12, 14, 16, 18], "row 3: the master copy has 4 bytes, not 2, since it is fp32, and the bf16 weights and gradients still count"),
+        Wrong([8, 12, 16, 12, 18], "row 4: three tensors of 4 bytes are 12; there are four: weights, gradients, m and v"),
+        Wrong([12, 8, 16, 16, 18], "rows 1 and 2 are swapped: the moments of row 1 are bf16, of row 2 fp32"),
+        Wrong([8, 12, 16, 18, 16], "rows 4 and 5 are swapped: row 5 is row 4 and a bf16 copy"),
         Wrong([6, 10, 14, 12, 14], "the gradients are missing: 2 bytes each in bf16, 4 in fp32"),
         Wrong([6, 8, 12, 12, 14], "AdamW keeps two moments, m and v"),
         Wrong([8, 12, 12, 16, 18], "the fp32 master weight of mixed precision is missing: 4 bytes more in the third row"),
@@ -244,6 +288,10 @@ exercise(
     wrong=[
         Wrong(layer(norms=lambda h, *_: 4 * h), "the norms compute in fp32: each keeps its input at 4 bytes and 1/rms (4), "
               "beside the normalised row at 2"),
+        Wrong(layer(norms=lambda h, *_: 8 * h + 8), "each norm's input is kept in fp32: 4 bytes a number, not 2; only the "
+              "normalised row is bf16"),
+        Wrong(layer(norms=lambda h, *_: 8 * h + 4), "norms compute in fp32: their input has 4 bytes a number, and 1/rms 4 "
+              "bytes as well"),
         Wrong(layer(norms=lambda h, *_: 6 * h + 4), "a layer has two norms"),
         Wrong(layer(norms=lambda h, *_: 12 * h), "1/rms is missing: one fp32 number a token for each of the two norms"),
         Wrong(layer(inputs=lambda h, *_: 2 * 5 * h), "q, k and v read one and the same row, gate and up another: two rows "
