@@ -818,7 +818,7 @@ with warnings.catch_warnings():
 # | checkpointing saves nothing | which moment is the peak? | that moment's lever: logits, or the optimizer |
 # | "element 0 … does not require grad" | reentrant checkpointing over frozen embeddings | `use_reentrant=False`, or `enable_input_require_grads()` |
 # | 8-bit Adam saves nothing | how many parameters are trained? | nothing: with LoRA the states are small already |
-# | `nvidia-smi` shows more than torch | context 0.3 to 0.6 GB, reserved blocks | count them apart |
+# | `nvidia-smi` shows more than torch | context (not measured here), reserved blocks | count them apart |
 #
 # ## Summary
 # Weights, gradients and states follow the parameters: 8 to 18 bytes each, by regime. Activations follow the tokens, logits

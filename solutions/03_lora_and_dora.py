@@ -728,7 +728,7 @@ Explorer(draw, alt=f"Singular values of the full update of {path}, and those of 
 
 # %% [markdown]
 # ## Myths
-# What public notes get wrong, and where it is shown. Figures in brackets were measured on SmolLM2-135M.
+# What public notes get wrong, and where it is shown. Figures in brackets: one earlier run on SmolLM2-135M, not by a cell here.
 #
 # | you may read | what is true | shown in |
 # |---|---|---|

@@ -647,7 +647,7 @@ plots.show(figure, alt=f"Right answers after merging: {'; '.join(told)}.")
 # `extract` the update is nearer to half a step, and more of it survives.
 #
 # What a toy hides: large models get much smaller updates, and merging onto the *original* base, harmless here, costs there.
-# On SmolLM2-135M, eight steps moved the weights by 0.7 %: loss 0.68 unmerged and into the restored base, 0.90 onto the
+# On SmolLM2-135M, in one earlier run that no cell repeats, eight steps moved the weights by 0.7 %: loss 0.68 unmerged and into the restored base, 0.90 onto the
 # original base, 3.60 in 4 bits, where the untuned model has 3.76. So: merge into the restored base in 16 or 32 bits, test,
 # then quantise for serving from that file, and test again.
 #

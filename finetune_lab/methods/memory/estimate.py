@@ -169,9 +169,19 @@ def device_lines(ledger: Ledger, found: list[Tensor]) -> tuple[Line, ...]:
     """
     blocks = sum(t.copies * (1 + 3 * t.trained) for t in found)
     return (
-        Line("context", "CUDA context and libraries", 500_000_000, "0.3 to 0.6 GB by GPU, driver and libraries"),
+        Line(
+            "context",
+            "CUDA context and libraries",
+            500_000_000,
+            "an assumption: differs by GPU, driver and libraries, not measured here",
+        ),
         Line(
             "fragmentation", "rounding to 512 bytes", 256 * blocks, f"{blocks} lasting tensors x 256 bytes on average"
         ),
-        Line("fragmentation", "unusable cached blocks", ledger.peak // 50, "2 % of the peak, a rule of thumb"),
+        Line(
+            "fragmentation",
+            "unusable cached blocks",
+            ledger.peak // 50,
+            "2 % of the peak, an assumption, not measured here",
+        ),
     )

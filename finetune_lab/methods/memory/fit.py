@@ -36,7 +36,7 @@ def _if(condition: bool, **fields) -> dict | None:
 
 
 LEVERS = (
-    Lever("checkpointing", "a second forward pass of every layer: 20 to 33 % more work",
+    Lever("checkpointing", "a second forward pass of every layer: up to 1/3 more work, 1/2 where weights are frozen",
           lambda r: _if(not r.checkpointing, checkpointing=True)),
     Lever("8-bit Adam", "moments in 256-value blocks of one byte each; small tensors stay in fp32",
           lambda r: _if(r.optimizer in ("adamw", "paged-adamw"), optimizer="adamw-8bit")),
