@@ -13,6 +13,7 @@ import os
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -75,7 +76,18 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = "default")
     Raises UserError, one sentence, for a folder that is no LoRA adapter, a base that it does not fit, a rank or shape
     that contradicts its config, and options that these layers do not have; the model is then as it was.
     """
-    folder = Path(folder)
+    layers = adapter_layers(Path(folder), lambda path: _base_layer(model, path, Path(folder)))
+    try:
+        return add_adapter(model, adapter, layers)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def adapter_layers(folder: Path, find: Callable[[str], nn.Module]) -> dict[str, LoRALinear]:
+    """The layers of the adapter kept in `folder`, each on the linear layer that `find(path)` returns, checked.
+
+    Raises UserError as `load_adapter` does.
+    """
     config, tensors, base = _read(folder)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -83,7 +95,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = "default")
         if match is None:
             raise UserError(f"{folder}: tensor {key} is no part of a LoRA on a linear layer: load it with peft")
         parts.setdefault(match[1], {})[match[2]] = tensor
-    modules = {path: _base_layer(model, path, folder) for path in parts}
+    modules = {path: find(path) for path in parts}
     patterns = {"r": config["rank_pattern"], "lora_alpha": config["alpha_pattern"]}
     sizes = {
         path: [pattern.get(get_pattern_key(pattern, path), config[name]) for name, pattern in patterns.items()]
@@ -101,10 +113,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = "default")
         with torch.no_grad():
             for tensor, parameter in ((part[t], getattr(layer, p)) for t, p in OURS.items() if t in part):
                 parameter.copy_(tensor.reshape(parameter.shape))
-    try:
-        return add_adapter(model, adapter, layers)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return layers
 
 
 def fingerprint(weight: Tensor, numbers: int = 4) -> list[float]:
