@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from finetune_lab.methods.merge import ties_merge
+from finetune_lab.methods.merging import ties
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
@@ -14,4 +14,4 @@ def test_ties_equals_peft_for_equal_weights(models, shape, density, dtype):
     generator = torch.Generator().manual_seed(models)
     vectors = [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(models)]
     theirs = merge_utils.ties(vectors, torch.ones(models, dtype=dtype), density, "total")
-    assert (ties_merge(vectors, density) - theirs).abs().max().item() <= 1e-6
+    assert (ties(vectors, density) - theirs).abs().max().item() <= 1e-6

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from finetune_lab.methods.merge import slerp, ties_merge, trim
+from finetune_lab.methods.merging import slerp, ties, trim
 
 
 def unit(*shape, seed=0):
@@ -51,12 +51,12 @@ def test_slerp_keeps_the_dtype_and_refuses_unequal_shapes():
 
 def test_the_sign_is_elected_by_total_not_by_count():
     vectors = [torch.tensor([x]) for x in (1.0, -0.3, -0.3)]
-    assert ties_merge(vectors, 1.0).item() == 1.0
+    assert ties(vectors, 1.0).item() == 1.0
 
 
 def test_only_entries_that_agree_are_averaged():
     vectors = [torch.tensor([x]) for x in (4.0, 2.0, -1.0)]
-    assert ties_merge(vectors, 1.0).item() == 3.0
+    assert ties(vectors, 1.0).item() == 3.0
 
 
 def test_trim_keeps_signs_and_the_largest_share():
@@ -65,10 +65,10 @@ def test_trim_keeps_signs_and_the_largest_share():
 
 def test_identical_models_merge_into_their_trimmed_selves():
     x = torch.randn(6, 5)
-    assert torch.allclose(ties_merge([x, x, x], 0.2), trim(x, 0.2))
+    assert torch.allclose(ties([x, x, x], 0.2), trim(x, 0.2))
 
 
 @pytest.mark.parametrize("density", [0, 1.5, 20])
 def test_a_density_outside_its_range_is_refused(density):
     with pytest.raises(ValueError, match="20 % is 0.2"):
-        ties_merge([torch.ones(3)], density)
+        ties([torch.ones(3)], density)
