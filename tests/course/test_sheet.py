@@ -11,7 +11,7 @@ from torch import nn
 from finetune_lab import cli
 from finetune_lab.course import sheet, topics
 from finetune_lab.errors import UserError
-from finetune_lab.methods import forgetting, loss, merge, packing
+from finetune_lab.methods import forgetting, loss, merging, packing
 
 FORMULAS = sheet.load()
 EXAMPLES = [formula for formula in FORMULAS if formula.example]
@@ -160,7 +160,7 @@ def test_ties():
         elected = column.sum().sign()
         agreeing = column[column.sign() == elected]
         written.append(agreeing.mean())
-    assert torch.allclose(merge.ties_merge(list(trimmed), 1.0), torch.stack(written))
+    assert torch.allclose(merging.ties(list(trimmed), 1.0), torch.stack(written))
 
 
 def test_ewc():

@@ -11,7 +11,7 @@ from finetune_lab.course import checks
 from finetune_lab.course.checks import Wrong, case
 from finetune_lab.course.drills.exercises import drill, reuse
 from finetune_lab.course.exercises import l01, l03  # noqa: F401 (they define the exercises of their lessons)
-from finetune_lab.methods import forgetting, merge, metrics, packing, preference
+from finetune_lab.methods import forgetting, merging, metrics, packing, preference
 
 for _name in ("render_chat", "completion_labels", "assistant_labels", "sft_loss", "labelled_only_loss",
               "positions_from_mask", "block_diagonal_mask", "LoRALinear", "dora_weight", "loraplus_groups"):  # fmt: skip
@@ -177,7 +177,7 @@ def arc(a, b, t, unit=False, cosine=None, guard=True, line=None):
 
 
 def slerp_reversed(a, b, t):
-    return merge.slerp(b, a, t)
+    return merging.slerp(b, a, t)
 
 
 def slerp_unit(a, b, t):
@@ -206,7 +206,7 @@ def lerp(a, b, t):
 
 
 drill(
-    "slerp", "SLERP", merge.slerp, arc_cases,
+    "slerp", "SLERP", merging.slerp, arc_cases,
     wrong=[
         Wrong(lerp, "this is the straight line (LERP): weight the two with sines of the angle"),
         Wrong(slerp_reversed, "the ends are mixed up: t = 0 gives a, t = 1 gives b"),
@@ -229,12 +229,12 @@ def vector_cases(draw):
     yield case([torch.tensor([3.0, -1.0, 0.5, 0.1]), torch.tensor([0.03, -0.01, -0.02, 0.001])], 0.5)
 
 
-def ties(trim=merge.trim, elect=lambda x: x.sum(0), by_all=False, jointly=False, keep=None):
+def ties(trim=merging.trim, elect=lambda x: x.sum(0), by_all=False, jointly=False, keep=None):
     """`ties_merge` with one mistake."""
 
     def ties_merge(task_vectors, density):
         if jointly:
-            trimmed = merge.trim(torch.stack(list(task_vectors)), density)
+            trimmed = merging.trim(torch.stack(list(task_vectors)), density)
         else:
             trimmed = torch.stack([trim(vector, density) for vector in task_vectors])
         elected = torch.where(elect(trimmed) >= 0, 1, -1)
@@ -248,11 +248,11 @@ def ties(trim=merge.trim, elect=lambda x: x.sum(0), by_all=False, jointly=False,
 
 
 def unsigned(vector, density):
-    return merge.trim(vector, density).abs()
+    return merging.trim(vector, density).abs()
 
 
 def smallest(vector, density):
-    cut = merge.trim(vector, 1 - density) if density < 1 else torch.zeros_like(vector)
+    cut = merging.trim(vector, 1 - density) if density < 1 else torch.zeros_like(vector)
     return vector - cut
 
 
@@ -266,7 +266,7 @@ def plain_mean(task_vectors, density):
 
 
 drill(
-    "ties_merge", "TIES", merge.ties_merge, vector_cases,
+    "ties_merge", "TIES", merging.ties, vector_cases,
     wrong=[
         Wrong(ties(elect=lambda x: x.sign().sum(0)), "elect by the SUM of the values, not by counting signs: +1, -0.3, -0.3 "
               "elects plus"),

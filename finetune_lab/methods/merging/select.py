@@ -30,6 +30,8 @@ class Cut:
     def __call__(self, x: Tensor, scratch: Tensor) -> Tensor:
         """Zero the small entries of the chunk `x` in place; scratch: a buffer of its size and dtype."""
         magnitude = torch.abs(x, out=scratch)
+        if self.wanted == 0:  # every place at the threshold is taken
+            return x.mul_(torch.gt(magnitude, self.threshold, out=magnitude))
         if self.wanted < self.equal:  # more entries at the threshold than places for them
             at_threshold = (magnitude == self.threshold).nonzero().squeeze(1)
             x[at_threshold[self.wanted :]] = 0
