@@ -160,7 +160,7 @@ def test_ties():
         elected = column.sum().sign()
         agreeing = column[column.sign() == elected]
         written.append(agreeing.mean())
-    assert torch.allclose(merging.ties(list(trimmed), 1.0), torch.stack(written))
+    assert torch.allclose(merging.ties_merge(list(trimmed), 1.0), torch.stack(written))
 
 
 def test_ewc():

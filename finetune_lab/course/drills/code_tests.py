@@ -266,7 +266,7 @@ def plain_mean(task_vectors, density):
 
 
 drill(
-    "ties_merge", "TIES", merging.ties, vector_cases,
+    "ties_merge", "TIES", merging.ties_merge, vector_cases,
     wrong=[
         Wrong(ties(elect=lambda x: x.sign().sum(0)), "elect by the SUM of the values, not by counting signs: +1, -0.3, -0.3 "
               "elects plus"),

@@ -8,7 +8,7 @@ from finetune_lab.methods.merging.adapters import Adapter, concatenate, factoriz
 from finetune_lab.methods.merging.dare import dare, dare_linear, dare_ties
 from finetune_lab.methods.merging.linear import apply, linear, slerp, task_arithmetic, task_vector
 from finetune_lab.methods.merging.stream import merge_tensor
-from finetune_lab.methods.merging.ties import disjoint_mean, elect_sign, sign_conflicts, ties, trim
+from finetune_lab.methods.merging.ties import disjoint_mean, elect_sign, sign_conflicts, ties, ties_merge, trim
 
 __all__ = [
     "Adapter",
@@ -29,6 +29,7 @@ __all__ = [
     "task_arithmetic",
     "task_vector",
     "ties",
+    "ties_merge",
     "trim",
     "update",
 ]

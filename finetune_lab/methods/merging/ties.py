@@ -4,7 +4,8 @@ Paper: Yadav et al. 2023, TIES-Merging (TrIm, Elect Sign & Merge; arXiv 2306.017
     1. trim:   tau^_t = tau_t * [|tau_t| among its k % largest]        3. merge: tau_m = mean of the tau^_t whose
     2. elect:  gamma = sgn(sum_t tau^_t), the sum of VALUES               sign is gamma, entry by entry
     theta = theta_base + lam * tau_m
-The paper has no weights per model; peft and mergekit each added them in their own way: three algorithms (`ties`).
+The paper has no weights per model; peft and mergekit each added them in their own way: three algorithms
+(`ties`; `ties_merge` is the paper's alone).
 Leaves out: trimming over a whole model, as the paper's code does (pass one flattened vector to get it; libraries trim
 tensor by tensor). An entry whose sum is exactly 0 elects plus, as in peft and mergekit; the paper leaves that open.
 In production: mergekit's `ties`, `peft.utils.merge_utils.ties`. The fast form for large tensors is in `stream`.
@@ -55,13 +56,19 @@ def disjoint_mean(task_vectors: Sequence[Tensor] | Tensor, sign: Tensor) -> Tens
     return (stacked * agrees).sum(0) / agrees.sum(0).clamp(min=1)
 
 
+def ties_merge(task_vectors: Sequence[Tensor], density: float) -> Tensor:
+    """The paper's TIES in two lines: trim each task vector, elect signs, average what agrees. One task vector."""
+    trimmed = torch.stack([trim(tau, density) for tau in task_vectors])
+    return disjoint_mean(trimmed, elect_sign(trimmed))
+
+
 def ties(
     task_vectors: Sequence[Tensor],
     density: float,
     weights: Sequence[float] | None = None,
     convention: str = "paper",
 ) -> Tensor:
-    """One task vector from many: trim each, elect signs, average what agrees. Then `apply(base, tau_m, lam)`.
+    """TIES with a weight per model, after one of three conventions. Then `apply(base, tau_m, lam)`.
 
     task_vectors: equal shapes, fp32; density: share kept of each, in (0, 1] (the paper: 0.2); weights: one per model.
     convention, with t over the models that agree with the elected sign (for weights of 1 all three are equal):
