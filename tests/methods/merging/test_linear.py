@@ -1,16 +1,92 @@
-"""Claims about SLERP and TIES."""
+"""Weighted means, SLERP and arithmetic with task vectors."""
 
 import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from finetune_lab.methods.merging import slerp, ties, trim
+from finetune_lab.methods.merging import apply, linear, slerp, task_arithmetic, task_vector
+
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def unit(*shape, seed=0):
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     return x / x.norm()
+
+
+def model(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_linear_is_the_weighted_mean():
+    assert linear([torch.tensor([1.0]), torch.tensor([5.0])], [3.0, 1.0]).item() == 2.0
+
+
+def test_linear_without_normalisation_is_the_weighted_sum():
+    assert linear([torch.tensor([1.0]), torch.tensor([5.0])], [3.0, 1.0], normalize=False).item() == 8.0
+
+
+def test_weights_that_add_up_to_zero_cannot_be_normalised():
+    with pytest.raises(ValueError, match="add up to 0"):
+        linear([torch.ones(2), torch.ones(2)], [1.0, -1.0])
+
+
+@pytest.mark.parametrize("merge", [linear, task_arithmetic])
+def test_a_missing_weight_is_refused(merge):
+    with pytest.raises(ValueError, match="1 weights for 2 tensors"):
+        merge([torch.ones(2), torch.ones(2)], [1.0])
+
+
+@pytest.mark.parametrize("merge", [linear, task_arithmetic])
+def test_no_model_at_all_is_refused(merge):
+    with pytest.raises(ValueError, match="at least one"):
+        merge([])
+
+
+def test_tensors_of_unequal_shapes_are_refused_even_where_they_would_broadcast():
+    with pytest.raises(ValueError, match=r"\(2,\), \(1,\)"):
+        linear([torch.ones(2), torch.ones(1)])
+    with pytest.raises(ValueError, match=r"\(2,\), \(1,\)"):
+        task_vector(torch.ones(2), torch.ones(1))
+    with pytest.raises(ValueError, match=r"\(2,\), \(1,\)"):
+        apply(torch.ones(2), torch.ones(1))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=st.lists(st.integers(0, 9), max_size=3),
+    dtype=st.sampled_from(FLOATS),
+    models=st.integers(1, 4),
+    t=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_a_model_merged_with_itself_stays_what_it_is(shape, dtype, models, t, seed):
+    x = model(*shape, seed=seed).to(dtype)
+    rounding = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
+    torch.testing.assert_close(linear([x] * models), x, **rounding)
+    torch.testing.assert_close(slerp(x, x, t), x, **rounding)
+    same = task_arithmetic([task_vector(x, torch.zeros_like(x))] * models, [1 / models] * models)
+    torch.testing.assert_close(apply(torch.zeros_like(x), same), x, **rounding)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shape=st.lists(st.integers(0, 9), max_size=3), dtype=st.sampled_from(FLOATS), seed=st.integers(0, 99))
+def test_at_its_ends_slerp_is_its_ends(shape, dtype, seed):
+    a, b = model(*shape, seed=seed).to(dtype), model(*shape, seed=seed + 100).to(dtype)
+    rounding = {"rtol": torch.finfo(dtype).eps, "atol": 1e-6}
+    torch.testing.assert_close(slerp(a, b, 0.0), a, **rounding)
+    torch.testing.assert_close(slerp(a, b, 1.0), b, **rounding)
+
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(2, 300), t=st.floats(0, 1), norm=st.floats(0.1, 10), seed=st.integers(0, 99))
+def test_slerp_keeps_the_norm_between_equal_norms(n, t, norm, seed):
+    a, b = unit(n, seed=seed).double() * norm, unit(n, seed=seed + 100).double() * norm
+    if abs((a @ b).item()) / norm**2 < 0.9995:
+        assert slerp(a, b, t).norm().item() == pytest.approx(norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.25, 0.5, 1.0])
@@ -36,6 +112,12 @@ def test_slerp_of_two_fine_tunes_of_one_base_is_lerp():
     assert torch.equal(slerp(a, b, 0.5), 0.5 * a + 0.5 * b)
 
 
+@pytest.mark.parametrize("cosine", [0.99951, -0.99951])
+def test_slerp_of_nearly_parallel_and_nearly_opposite_vectors_is_lerp(cosine):
+    a, b = torch.tensor([1.0, 0]), torch.tensor([cosine, math.sqrt(1 - cosine**2)])
+    assert torch.allclose(slerp(a, b, 0.3), 0.7 * a + 0.3 * b, atol=1e-7)
+
+
 @pytest.mark.parametrize("zero", [0, 1])
 def test_a_zero_tensor_such_as_a_fresh_lora_b_gives_no_nan(zero):
     pair = [torch.ones(3, 2), torch.ones(3, 2)]
@@ -49,26 +131,23 @@ def test_slerp_keeps_the_dtype_and_refuses_unequal_shapes():
         slerp(torch.ones(2), torch.ones(1), 0.5)
 
 
-def test_the_sign_is_elected_by_total_not_by_count():
-    vectors = [torch.tensor([x]) for x in (1.0, -0.3, -0.3)]
-    assert ties(vectors, 1.0).item() == 1.0
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_subtracting_what_was_added_returns_the_base(dtype):
+    """To the last bit if the sum in between is kept in fp64, else to the rounding of its dtype."""
+    base = model(30, 20).to(dtype)
+    tau = task_vector(model(30, 20, seed=1).mul(0.01).to(dtype) + base, base)
+    there = apply(base.double(), task_arithmetic([tau]))
+    assert torch.equal(apply(there, task_arithmetic([tau], [-1.0])).to(dtype), base)
+    rounded = apply(apply(base, task_arithmetic([tau])), task_arithmetic([tau], [-1.0]))
+    torch.testing.assert_close(rounded, base, rtol=0, atol=torch.finfo(dtype).eps * base.abs().max().item())
 
 
-def test_only_entries_that_agree_are_averaged():
-    vectors = [torch.tensor([x]) for x in (4.0, 2.0, -1.0)]
-    assert ties(vectors, 1.0).item() == 3.0
+def test_task_vectors_of_bf16_weights_are_exact_differences():
+    """A difference taken in bf16 would be rounded to 8 bits."""
+    a, b = torch.tensor([1.0078125]).bfloat16(), torch.tensor([0.0010]).bfloat16()
+    assert task_vector(a, b).item() == a.double().item() - b.double().item()
 
 
-def test_trim_keeps_signs_and_the_largest_share():
-    assert trim(torch.tensor([-1.0, 0.2, 0.1, 0.05]), 0.5).tolist() == [-1.0, pytest.approx(0.2), 0.0, 0.0]
-
-
-def test_identical_models_merge_into_their_trimmed_selves():
-    x = torch.randn(6, 5)
-    assert torch.allclose(ties([x, x, x], 0.2), trim(x, 0.2))
-
-
-@pytest.mark.parametrize("density", [0, 1.5, 20])
-def test_a_density_outside_its_range_is_refused(density):
-    with pytest.raises(ValueError, match="20 % is 0.2"):
-        ties([torch.ones(3)], density)
+def test_apply_scales_by_lambda_and_rounds_to_the_dtype_of_the_base():
+    merged = apply(torch.tensor([1.0]).bfloat16(), torch.tensor([2.0]), lam=0.5)
+    assert merged.item() == 2.0 and merged.dtype == torch.bfloat16
