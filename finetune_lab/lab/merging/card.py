@@ -1,0 +1,70 @@
+"""The model card of a merge: what was merged, how, and where each model came from. README.md of the merged folder."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune_lab.lab.hub import looks_like_id
+from finetune_lab.lab.merging.checkpoint import Checkpoint
+from finetune_lab.lab.merging.layout import Plan
+from finetune_lab.lab.merging.parameters import METHODS
+from finetune_lab.provenance import versions
+
+
+def card(plan: Plan, name: str, seed: int) -> str:
+    """The card as Markdown, with the header that the hub reads."""
+    config, method = plan.config, METHODS[plan.config.method]
+    bases = [model.name for model in plan.models.values() if looks_like_id(model.name)]  # what the hub can look up
+    head = ["---", *(["base_model:", *(f"- {base}" for base in bases)] if bases else []), "library_name: transformers"]
+    head += ["tags:", "- merge", "- finetune-lab", "---"]
+    paper = f" ([arXiv {method.arxiv}](https://arxiv.org/abs/{method.arxiv}))" if method.arxiv else ""
+    drawn = f" Random choices: seed {seed}." if config.method.startswith("dare") else ""
+    used = versions()
+    out = [*head, "", f"# {name}", ""]
+    out += [f"{len(plan.models)} models merged by {method.title}{paper}, without training.{drawn}", ""]
+    out += ["| model | place | parameters | stored as | from |", "| --- | --- | --- | --- | --- |"]
+    out += [_row(plan, model) for model in plan.models.values()]
+    out += ["", "## Recipe", "", *_fenced(config.text.strip(), "yaml"), ""]
+    out += [
+        "`merge.yml` is the same text: `finetune-lab merge merge.yml` makes this model again, from the same models.",
+        "",
+    ]
+    if plan.warnings:
+        out += ["## Warnings of the check", "", *(f"- {warning}" for warning in plan.warnings), ""]
+    made = f"finetune-lab {used['finetune-lab']}, torch {used['torch']}; arithmetic in fp32, rounded once"
+    out += ["## Made by", "", f"{made} to {str(plan.tensors[0].dtype).removeprefix('torch.')}.", ""]
+    return "\n".join(out)
+
+
+def provenance_of(model: Checkpoint) -> str:
+    """Where a model came from, in a few words: the run that trained it, or its commit on the hub."""
+    run = model.adapter_folder.parent if model.adapter_folder else model.folder.parent
+    facts = []
+    try:
+        report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+        recipe = report["recipe"]
+        facts.append(f"{recipe['method']} on {recipe['task'] or Path(recipe['data']).name}, {report['date']}")
+        before, after = (report[when].get("exact_match") for when in ("before", "after"))
+        if before is not None and after is not None:
+            facts.append(f"exact match {before:.0%} to {after:.0%}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    if run.name == "snapshots":
+        facts.append(f"commit {model.folder.name[:12]}")
+    return "; ".join(facts)
+
+
+def _row(plan: Plan, model: Checkpoint) -> str:
+    role = "base" if model.name == plan.config.base else "adapter" if model.adapter_folder else "model"
+    count = sum(t.nbytes // t.dtype.itemsize for t in model.tensors.values())
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in model.tensors.values()})
+    size = f"{model.bytes / 1e9:.2f} GB, {', '.join(dtypes)}"
+    cells = [model.name, role, f"{count:,}", size, provenance_of(model)]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _fenced(text: str, language: str) -> Sequence[str]:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return [fence + language, text, fence]
