@@ -51,7 +51,11 @@ def merge_tensor(
         raise ValueError(f"out has shape {tuple(out.shape)}: it must be contiguous, of shape {tuple(inputs[0].shape)}")
     models = [t.reshape(-1) for t in tensors]
     target = out.view(-1)
+    if not len(target):
+        return out
     if method == "slerp":
+        if "t" not in parameters:
+            raise ValueError("slerp needs a number t from 0 (the base) to 1 (the other model)")
         _slerp(base.reshape(-1), models[0], parameters["t"], target)
         return out
     weights = _per_model(parameters.get("weight", 1.0), models, "weight")
