@@ -11,30 +11,24 @@ Leaves out: restarts, polynomial, inverse square root, warm-up-stable-decay. Pro
 import math
 
 
-def _warmup(step: int, warmup: int) -> float:
-    return step / max(warmup, 1)
-
-
-def _progress(step: int, steps: int, warmup: int) -> float:
-    """Share of the way from the end of the warm-up to the end of training."""
-    return (step - warmup) / max(steps - warmup, 1)
-
-
 def constant(step: int, steps: int, warmup: int) -> float:
     """`get_constant_schedule_with_warmup`: the peak until the end. All schedules: step from 0; returns 0 to 1."""
-    return _warmup(step, warmup) if step < warmup else 1.0
+    return step / warmup if step < warmup else 1.0
 
 
 def linear(step: int, steps: int, warmup: int) -> float:
     """`get_linear_schedule_with_warmup`: down to 0 one step after the last."""
-    return _warmup(step, warmup) if step < warmup else max(0.0, 1 - _progress(step, steps, warmup))
+    if step < warmup:
+        return step / warmup
+    return max(0.0, (steps - step) / max(steps - warmup, 1))
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:
     """`get_cosine_schedule_with_warmup`: stays high longer, then falls faster; half of the peak at half of the way."""
     if step < warmup:
-        return _warmup(step, warmup)
-    return max(0.0, (1 + math.cos(math.pi * _progress(step, steps, warmup))) / 2)
+        return step / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return max(0.0, (1 + math.cos(math.pi * progress)) / 2)
 
 
 def early_linear(step: int, steps: int, warmup: int) -> float:
