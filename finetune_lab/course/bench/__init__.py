@@ -21,10 +21,13 @@ BENCHES = {
     "lora": "LoRA and DoRA: time and memory against peft and against the frozen layer alone",
     "loss": "loss at labelled positions only: speed and memory against full logits and TRL's fused head",
     "lora_effects": "rank, alpha, rate, targets, LoRA+, DoRA, full fine-tuning: learning, forgetting, spectra, five seeds",
+    "merge": "finetune-lab merge against mergekit and a plain copy: GB/s of a core, peak memory, equal results",
+    "merge_effects": "what merges keep of three skills: methods, scale, density, drop rate, bases, adapters, five seeds",
     "masking": "right labels against every token, and against masked ends of turn: what each teaches, five seeds",
     "nf4": "NF4 against bitsandbytes on the CPU: speed, bits, errors of formats, block sizes and code books, faults",
     "packing": "packing against padding: token efficiency, step time, contamination; ours against TRL and transformers",
     "qlora": "QLoRA against LoRA, ways to merge, compute dtypes, and what a rounded base still knows, five seeds",
+    "sft_effects": "learning rate, epochs, warm-up, schedule, batch, clipping, decay, NEFTune, fp16: what each does, five seeds",
     "vram": "the memory estimator against live bytes of real steps, byte by byte, and what the usual rules say",
     "world": "the tiny model: what the base knows, what fine-tuning teaches it, what it forgets",
 }
