@@ -54,11 +54,12 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     The whole tensor is one vector. Within about 1.8 degrees of parallel or opposite, or where one is zero, the arc is
     undefined or a line: linear interpolation. Fine-tunes of one base are usually that close, so for them SLERP is
     LERP. (mergekit 0.1.5 takes a zero tensor for orthogonal to everything: sin(t pi/2) b instead of t b.)
+    Computed in fp64: towards opposite vectors 1/sin(W) magnifies the rounding of the cosine.
     Raises ValueError for different shapes.
     """
     if a.shape != b.shape:
         raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)}: both tensors need the same shape")
-    x, y = wide(a), wide(b)
+    x, y = a.double(), b.double()
     from_a, from_b = arc((x * y).sum().item(), x.norm().item() * y.norm().item(), t)
     return (from_a * x + from_b * y).to(a.dtype)
 

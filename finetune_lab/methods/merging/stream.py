@@ -83,9 +83,10 @@ def _linear(models: list[Tensor], weights: list[float], normalize: bool, out: Te
 
 def _slerp(a: Tensor, b: Tensor, t: float, out: Tensor) -> None:
     x, y = _buffers(2, len(out))
+    wide_x, wide_y = x.double(), y.double()  # towards opposite vectors 1/sin(W) magnifies the rounding of the cosine
     aa = bb = ab = 0.0
     for i in range(0, len(out), CHUNK):
-        u, v = _read(a, i, x), _read(b, i, y)
+        u, v = _read(a, i, wide_x), _read(b, i, wide_y)
         aa, bb, ab = aa + torch.dot(u, u).item(), bb + torch.dot(v, v).item(), ab + torch.dot(u, v).item()
     from_a, from_b = arc(ab, (aa * bb) ** 0.5, t)
     for i in range(0, len(out), CHUNK):
@@ -203,7 +204,7 @@ def _buffers(count: int, entries: int) -> Tensor:
 
 
 def _read(tensor: Tensor, start: int, buffer: Tensor) -> Tensor:
-    """The chunk of a flat tensor that begins at `start`, in fp32, in the buffer."""
+    """The chunk of a flat tensor that begins at `start`, in the buffer and its dtype."""
     piece = tensor[start : start + CHUNK]
     return buffer[: len(piece)].copy_(piece)
 

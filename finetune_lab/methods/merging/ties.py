@@ -22,7 +22,7 @@ from finetune_lab.methods.merging.linear import weighted, wide
 def trim(task_vector: Tensor, density: float) -> Tensor:
     """Keep the share `density` (0 to 1) of the entries that is largest in magnitude, with its signs; zero the rest.
 
-    int(density * n) entries stay; of equal magnitudes, those that come first in memory.
+    int(density * n) entries stay; of equal magnitudes, those that come first in memory (libraries leave that open).
     """
     return keep_largest(task_vector, int(_share(density) * task_vector.numel()))
 

@@ -89,7 +89,7 @@ def test_dare_with_the_same_masks_equals_task_arithmetic_and_ties_on_what_surviv
     for method, tau in wanted.items():
         parameters = SETTINGS | {"rescale": rescale, "normalize": method == "dare_ties"}
         merged = run(method, base, tensors, parameters, generator=torch.Generator().manual_seed(7))
-        torch.testing.assert_close(merged, apply(base, tau, 1.5), rtol=0, atol=2e-6)
+        torch.testing.assert_close(merged, apply(base, tau, 1.5), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("density", [0.001, 0.1, 0.5, 0.999])
@@ -196,11 +196,13 @@ def test_a_transposed_weight_is_merged_in_place_of_its_copy(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_extra_memory_is_a_few_buffers_whatever_the_size(method, monkeypatch):
-    """At most 8 fp32 chunks for three models, and 2 MiB for the counts of TIES; the tensors have 16 chunks each."""
+    """At most 10 fp32 chunks for three models, and 2 MiB for the counts of TIES; a tensor has 16 chunks."""
     monkeypatch.setattr(stream, "CHUNK", 2**14)
     base, *tensors = models(512, 512, dtype=torch.bfloat16)
     out = torch.empty_like(base)
-    assert peak_bytes(lambda: run(method, base, tensors, out=out)) < 8 * 2**16 + (2**21 if method == "ties" else 2**16)
+    assert peak_bytes(lambda: run(method, base, tensors, out=out)) <= 10 * 2**16 + (
+        2**21 if method == "ties" else 2**12
+    )
 
 
 WRONG = {

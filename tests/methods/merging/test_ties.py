@@ -68,13 +68,13 @@ def test_for_weights_of_one_all_conventions_are_equal():
 
 
 def test_for_unequal_weights_ties_is_three_algorithms():
-    """Relative distance between any two of them, at weights 0.7 and 0.3: 0.28 to 0.53 on random task vectors."""
+    """Relative distance between any two at weights 0.7 and 0.3, density 0.5: 0.50 to 0.57 on random task vectors."""
     tau = vectors(2, 200, 200)
     results = {"paper": ties(tau, 0.5)}
     results |= {name: ties(tau, 0.5, [0.7, 0.3], name) for name in ("peft", "mergekit")}
     for one, other in itertools.combinations(results, 2):
         distance = (results[one] - results[other]).norm() / results["paper"].norm()
-        assert distance > 0.25, (one, other)
+        assert distance > 0.48, (one, other)
 
 
 def test_the_sign_is_elected_by_total_not_by_count():
