@@ -34,6 +34,7 @@ COMMANDS = {
     "data": ("finetune_lab.lab.data_cli", "check your own data before training on it"),
     "sft": ("finetune_lab.lab.sft_cli", "fine-tune a model on your own data, and get a report"),
     "merge": ("finetune_lab.lab.merge_cli", "merge models by a recipe, without training"),
+    "dpo": ("finetune_lab.lab.dpo_cli", "train a model on preferences (DPO, IPO, KTO), and get a report"),
     "generate": ("finetune_lab.lab.generate_cli", "ask a model: base, adapter and merged side by side"),
     "vram": ("finetune_lab.course.vram_cli", "how much GPU memory a fine-tuning run needs, line by line"),
     "drill": ("finetune_lab.course.drills.cli", "practise interview questions, or sit a mock interview"),

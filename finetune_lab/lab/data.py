@@ -3,11 +3,12 @@
     rows = load_jsonl("tickets.jsonl", tokenizer=tokenizer)
     dataset = datasets.Dataset.from_list(rows)
 
-Three formats, one a file; `prompt`, `completion`, `chosen`, `rejected` are texts or lists of messages:
+Four formats, one a file; `prompt`, `completion`, `chosen`, `rejected` are texts or lists of messages:
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"prompt": "...", "completion": "..."}
     {"prompt": "...", "chosen": "...", "rejected": "..."}
+    {"prompt": "...", "completion": "...", "label": true}          (a thumb up or down, for KTO)
 
 All become TRL's conversational form: a text turns into one user or one assistant turn. `id` and `meta` are kept as
 they are; any other key is an error, because it would be dropped later without a word. Order: an optional system turn,
@@ -36,9 +37,13 @@ FORMATS = {
     "messages": {"messages"},
     "prompt-completion": {"prompt", "completion"},
     "preference": {"prompt", "chosen", "rejected"},
+    "unpaired": {"prompt", "completion", "label"},
 }
 KEPT = {"id", "meta"}
-EXPECTED = '{"messages": [...]}, {"prompt", "completion"} or {"prompt", "chosen", "rejected"}'
+EXPECTED = (
+    '{"messages": [...]}, {"prompt", "completion"}, {"prompt", "chosen", "rejected"} or '
+    '{"prompt", "completion", "label"}'
+)
 HINTS = {
     "instruction": "this looks like Alpaca: join instruction and input as 'prompt', rename output to 'completion'",
     "conversations": "this looks like ShareGPT: write 'messages', with 'role' for 'from' and 'content' for 'value'",
@@ -69,7 +74,7 @@ def load_jsonl(
 ) -> list[dict]:
     """Return the rows of a JSONL file in conversational form, ready for `datasets.Dataset.from_list`.
 
-    kind: "messages", "prompt-completion" or "preference"; None takes the format of the first line that has one.
+    kind: "messages", "prompt-completion", "preference" or "unpaired"; None takes the format of the first line that has one.
     tokenizer: of the model to train; decides what a control token is. special_tokens: "error" or "escape".
     Raises DataError with all bad lines at once, UserError for a file that cannot be read or has no rows.
     """
@@ -107,7 +112,7 @@ def load_jsonl(
 
 
 def format_of(row: dict) -> str:
-    """The name of the row's format, from its keys. Raises BadLine when it is none of the three."""
+    """The name of the row's format, from its keys. Raises BadLine when it is none of the four."""
     keys = set(row) - KEPT
     for name, needed in FORMATS.items():
         if keys == needed:
@@ -127,7 +132,7 @@ def conversational(row: dict, kind: str) -> dict:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     out["prompt"] = _turns(prompt, "prompt", last="user")
-    for key in ("completion",) if kind == "prompt-completion" else ("chosen", "rejected"):
+    for key in ("chosen", "rejected") if kind == "preference" else ("completion",):
         answer = row[key]
         if isinstance(answer, str):
             answer = [{"role": "assistant", "content": answer}]
@@ -138,6 +143,10 @@ def conversational(row: dict, kind: str) -> dict:
             )
     if kind == "preference" and out["chosen"] == out["rejected"]:
         raise BadLine("chosen and rejected are the same", "two different answers: an equal pair teaches nothing")
+    if kind == "unpaired":
+        if not isinstance(row["label"], bool):
+            raise BadLine(f"label is {kind_of(row['label'])}", "true for a good answer, false for a bad one")
+        out["label"] = row["label"]
     return out
 
 

@@ -17,8 +17,12 @@ def register(subparsers) -> None:
     parser.set_defaults(func=lambda args: parser.print_help() or 2)
     actions = parser.add_subparsers(title="actions", metavar="ACTION")
     check = actions.add_parser("check", help="name every bad line", epilog=EXAMPLES, formatter_class=raw)
-    check.add_argument("file", metavar="FILE", help="JSONL: messages / prompt, completion / prompt, chosen, rejected")
-    check.add_argument("--kind", choices=("messages", "prompt-completion", "preference"), help="the format you expect")
+    check.add_argument(
+        "file", metavar="FILE", help="JSONL: messages / prompt, completion (, label) / prompt, chosen, rejected"
+    )
+    check.add_argument(
+        "--kind", choices=("messages", "prompt-completion", "preference", "unpaired"), help="the format you expect"
+    )
     check.add_argument("--model", metavar="M", help="whose tokenizer counts (default: $FINETUNE_LAB_MODEL or tiny)")
     check.add_argument(
         "--special-tokens", choices=("error", "escape"), default="error", help="what to do with control tokens in text"

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Callable
 
 EXAMPLES = """examples:
   finetune-lab sft --task extract                         the tiny model learns tickets, half a minute
@@ -65,15 +66,26 @@ def recipe_of(args, kind: type):
 
 def sft(args) -> int:
     """0 trained (or finished before, or nothing wrong found by --check), 1 --check found what forbids training."""
-    from finetune_lab.lab import data
     from finetune_lab.lab.finetune import preflight
     from finetune_lab.lab.finetune.recipe import SftRecipe
 
-    recipe = recipe_of(args, SftRecipe)
-    first = os.environ.get("RANK", "0") == "0"
-    say = (lambda text: print(text, file=sys.stderr if args.json else sys.stdout, flush=True)) if first else _silent
+    def train(recipe, found, say) -> dict:
+        from finetune_lab.lab.finetune import run  # TRL takes seconds to import: --check does without
+
+        return run.sft(recipe, fresh=args.fresh, say=say, found=found)
+
+    return run_command(args, recipe_of(args, SftRecipe), preflight.inspect, train)
+
+
+def run_command(args, recipe, inspect: Callable, train: Callable) -> int:
+    """What all training commands do: look, then train, then report. inspect(recipe) -> a preflight;
+    train(recipe, preflight, say) -> the report."""
+    from finetune_lab.lab import data
+    from finetune_lab.lab.finetune import preflight
+
+    first, say = os.environ.get("RANK", "0") == "0", speaker(args)
     try:
-        found = preflight.inspect(recipe)
+        found = inspect(recipe)
     except data.DataError as error:
         if not args.json:
             raise
@@ -88,17 +100,22 @@ def sft(args) -> int:
         return int(bad)
     for text in preflight.lines(found):
         say(text)
-    from finetune_lab.lab.finetune import run
-
     try:
         with _quiet(not first):
-            report = run.sft(recipe, fresh=args.fresh, say=say, found=found)
+            report = train(recipe, found, say)
     except KeyboardInterrupt:
         say("\nthe same command goes on from the last checkpoint.")
         raise
     if args.json and first:
         print(json.dumps(report, indent=1, ensure_ascii=False))
     return 0
+
+
+def speaker(args) -> Callable[[str], None]:
+    """Where lines of text go: to people, beside the JSON, or nowhere (second and later processes)."""
+    if os.environ.get("RANK", "0") != "0":
+        return _silent
+    return lambda text: print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
 
 
 def _silent(text: str) -> None:

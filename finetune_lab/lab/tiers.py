@@ -53,6 +53,9 @@ TINY = Tier(
         "extract": Recipe(steps=100, batch_size=16, lora_lr=2e-3, full_lr=5e-4),
         "answer": Recipe(steps=100, batch_size=16, lora_lr=2e-3, full_lr=5e-4, items=500),
         "math": Recipe(steps=300, batch_size=16, lora_lr=1e-3, full_lr=3e-4, items=4000),
+        "reply": Recipe(steps=60, batch_size=8, lora_lr=4e-3, full_lr=1.5e-3, items=600),
+        "dpo": Recipe(steps=24, batch_size=8, lora_lr=1e-3, full_lr=1e-4, items=400),
+        "dpo-start": Recipe(steps=40, batch_size=8, lora_lr=1e-4, full_lr=1e-4, items=400),  # an adapter that goes on
     },
     test_items=200,
     instruction={},
@@ -66,8 +69,9 @@ SMALL = Tier(
     name="small",
     recipes={
         task: Recipe(steps=40, batch_size=4, lora_lr=5e-4, full_lr=2e-5, items=500)
-        for task in ("extract", "answer", "math")
-    },
+        for task in ("extract", "answer", "math", "reply")
+    }
+    | dict.fromkeys(("dpo", "dpo-start"), Recipe(steps=40, batch_size=4, lora_lr=5e-5, full_lr=1e-6, items=200)),
     test_items=20,
     instruction=_ASK,
     effect_seeds=1,
@@ -76,8 +80,9 @@ LARGE = Tier(
     name="large",
     recipes={
         task: Recipe(steps=100, batch_size=8, lora_lr=2e-4, full_lr=1e-5, items=500)
-        for task in ("extract", "answer", "math")
-    },
+        for task in ("extract", "answer", "math", "reply")
+    }
+    | dict.fromkeys(("dpo", "dpo-start"), Recipe(steps=100, batch_size=8, lora_lr=5e-6, full_lr=5e-7, items=500)),
     test_items=100,
     instruction=_ASK,
     effect_seeds=3,

@@ -32,6 +32,11 @@ class Example:
         """Tokens that count in the loss. The first token of a row is never predicted, so it never counts."""
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence in this row."""
+        return len(self.ids)
+
 
 def encode(row: dict, tokenizer, loss: str, template: str | None = None) -> Example:
     """One row with its labels. loss: completion, assistant or all; template: with marks, for assistant.
@@ -43,37 +48,41 @@ def encode(row: dict, tokenizer, loss: str, template: str | None = None) -> Exam
             "loss is 'completion' but the rows are messages: use loss 'assistant', or prompt and completion."
         )
     turns = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+    if loss == "assistant":
+        read = render(tokenizer, turns, chat_template=template, return_assistant_tokens_mask=True)
+        ids, marks = read["input_ids"], read["assistant_masks"]
+        return Example(ids, [i if m else IGNORE_INDEX for i, m in zip(ids, marks, strict=True)])
+    ids = render(tokenizer, turns)["input_ids"]
+    if loss == "all":
+        return Example(ids, list(ids))
+    return Example(
+        ids, completion_labels(render(tokenizer, row["prompt"], add_generation_prompt=True)["input_ids"], ids)
+    )
+
+
+def render(tokenizer, turns: list[dict], **how) -> dict:
+    """What the chat template makes of a conversation: `input_ids`, and masks where asked for. Raises UserError."""
+    if not tokenizer.chat_template and not how.get("chat_template"):
+        raise UserError(
+            "this model has no chat template (a base model?): use an -Instruct model, or give it a template."
+        )
     try:
-        if loss == "assistant":
-            read = tokenizer.apply_chat_template(
-                turns, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
-            )
-            ids = read["input_ids"]
-            marks = read["assistant_masks"]
-            return Example(ids, [i if m else IGNORE_INDEX for i, m in zip(ids, marks, strict=True)])
-        ids = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
-        if loss == "all":
-            return Example(ids, list(ids))
-        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+        return tokenizer.apply_chat_template(turns, return_dict=True, **how)
     except (TemplateError, ValueError) as error:
         raise UserError(f"the model's chat template refuses this data: {error}") from error
-    return Example(ids, completion_labels(prompt, ids))
 
 
 def encode_all(rows: Sequence[dict], tokenizer, loss: str, max_length: int) -> list[Example]:
     """Every row, cut to max_length tokens (the end is lost, as in TRL's keep_start); nothing is dropped here."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            "this model has no chat template (a base model?): use an -Instruct model, or give it a template."
-        )
     template = training_template(tokenizer) if loss == "assistant" else None
-    examples = []
-    for row in rows:
-        whole = encode(row, tokenizer, loss, template)
-        lost = sum(label != IGNORE_INDEX for label in whole.labels[max_length:])
-        cut = max(0, len(whole.ids) - max_length)
-        examples.append(Example(whole.ids[:max_length], whole.labels[:max_length], cut, lost))
-    return examples
+    return [shortened(encode(row, tokenizer, loss, template), max_length) for row in rows]
+
+
+def shortened(whole: Example, max_length: int) -> Example:
+    """An example cut to max_length tokens, which knows what it has lost."""
+    lost = sum(label != IGNORE_INDEX for label in whole.labels[max_length:])
+    cut = max(0, len(whole.ids) - max_length)
+    return Example(whole.ids[:max_length], whole.labels[:max_length], cut, lost)
 
 
 def turn_end(tokenizer) -> int:

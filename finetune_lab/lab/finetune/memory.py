@@ -1,6 +1,7 @@
 """Will it fit? The estimate of `methods.memory` for a recipe, next to what this machine has free."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -17,12 +18,17 @@ OPTIMIZERS = {
 }  # fmt: skip
 
 
-def estimated(recipe: Recipe, folder: Path, longest: int, cuda: bool, objective: str = "sft") -> dict | None:
+def estimated(recipe: Recipe, folder: Path, longest: int, cuda: bool, objective: str) -> dict | None:
     """{"bytes", "moment", "parts"} at the peak of a step, for one process; None for an architecture we do not know.
 
     recipe: completed; folder: of the model; longest: tokens of the longest sequence, as the worst batch has only such.
-    TRL's fused head works through the logits in pieces, so they count as chunked.
+    TRL's fused head works through the logits in pieces, so they count as chunked. objective: "sft", "dpo", or
+    "kto", which counts as half as many pairs (its shifted answers run without gradient).
     """
+    reference = (
+        {"live": "adapter-off", "precomputed": "precomputed"}[recipe.reference] if objective != "sft" else "none"
+    )
+    batch = math.ceil(recipe.batch_size / 2) if objective == "kto" else recipe.batch_size
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         plan = memory.Recipe(
@@ -31,8 +37,8 @@ def estimated(recipe: Recipe, folder: Path, longest: int, cuda: bool, objective:
             dtype="fp32" if recipe.method == "full" else recipe.precision,
             adapter_dtype="bf16" if recipe.method == "qlora" else "fp32",
             autocast=recipe.method == "full" and recipe.precision != "fp32", kbit_fp32=False,
-            optimizer=OPTIMIZERS[recipe.optimizer], batch=recipe.batch_size, seq=longest,
-            checkpointing=recipe.checkpointing, logits="chunked", objective=objective,
+            optimizer=OPTIMIZERS[recipe.optimizer], batch=batch, seq=longest,
+            checkpointing=recipe.checkpointing, logits="chunked", objective="sft" if objective == "sft" else "dpo", reference=reference,
         )  # fmt: skip
         ledger = memory.estimate(memory.from_config(config), plan)
     except ValueError:

@@ -15,7 +15,8 @@ from finetune_lab.errors import UserError
 from finetune_lab.lab import models
 from finetune_lab.lab.finetune import build, encode, memory, silent, sources
 from finetune_lab.lab.finetune.encode import Example
-from finetune_lab.lab.finetune.recipe import SftRecipe
+from finetune_lab.lab.finetune.pairs import Pair
+from finetune_lab.lab.finetune.recipe import AnyRecipe, Recipe, SftRecipe
 from finetune_lab.lab.finetune.silent import Finding
 
 LONGEST_DEFAULT = 1024  # TRL's own default of max_length
@@ -25,11 +26,11 @@ LONGEST_DEFAULT = 1024  # TRL's own default of max_length
 class Preflight:
     """A completed recipe, its rows and examples (those that train), and what was found about them."""
 
-    recipe: SftRecipe
+    recipe: Recipe
     parameters: int
     rows: sources.Rows
-    train: list[Example]
-    valid: list[Example]
+    train: list[Example | Pair]
+    valid: list[Example | Pair]
     valid_rows: list[dict]
     total_steps: int
     memory: dict | None
@@ -41,7 +42,8 @@ class Preflight:
         """Tokens of the training examples: rows, all, median, longest, share that counts in the loss."""
         sizes = [len(e.ids) for e in self.train]
         return {
-            "rows": len(sizes), "tokens": sum(sizes), "median": statistics.median(sizes), "longest": max(sizes),
+            "rows": len(sizes), "tokens": sum(sizes), "median": statistics.median(sizes),
+            "longest": max(e.longest for e in self.train),
             "labelled_share": silent.labelled_share(self.train),
         }  # fmt: skip
 
@@ -62,6 +64,39 @@ def processes() -> int:
 
 def inspect(recipe: SftRecipe) -> Preflight:
     """Read and check everything for supervised fine-tuning. Raises UserError for what would make training useless."""
+    recipe, tokenizer, parameters = opened(recipe)
+    rows = sources.read(recipe, tokenizer, parameters, ("messages", "prompt-completion"))
+    recipe = recipe.completed(parameters, loss="assistant" if rows.kind == "messages" else "completion")
+    encoded = encode.encode_all(rows.train, tokenizer, recipe.loss, recipe.max_length)
+    scored = rows.valid[: recipe.test_items]
+    valid = encode.encode_all(scored, tokenizer, recipe.loss, recipe.max_length)
+    train = [e for e in encoded if e.counted]
+    count = len(train)
+    if recipe.packing:
+        count = math.ceil(sum(len(e.ids) for e in train) / recipe.max_length)
+    findings = [
+        silent.rate_out_of_range(recipe.method, recipe.lr, parameters),
+        silent.no_generation_marks(tokenizer, recipe.loss),
+        silent.repeated(list(map(sources.row_key, rows.train))),
+        silent.few_scored(len(scored)),
+    ]
+    previews = [encode.preview(e, tokenizer) for e in (train or encoded)[:3]]
+    return concluded(
+        recipe,
+        tokenizer,
+        parameters,
+        rows,
+        encoded,
+        valid,
+        count,
+        findings=findings,
+        previews=previews,
+        objective="sft",
+    )
+
+
+def opened(recipe: AnyRecipe) -> tuple[AnyRecipe, object, int]:
+    """(the recipe with its model's defaults, tokenizer, number of parameters), after a look at model and machine."""
     tokenizer = models.load_tokenizer(recipe.model)
     parameters = build.parameters_of(recipe.model)
     context = models.context_length(recipe.model) or 10**9
@@ -71,52 +106,51 @@ def inspect(recipe: SftRecipe) -> Preflight:
         )
     recipe = recipe.completed(parameters, max_length=min(context, LONGEST_DEFAULT), precision=build.default_precision())
     build.check_machine(recipe)
-    rows = sources.read(recipe, tokenizer, parameters, ("messages", "prompt-completion"))
-    recipe = recipe.completed(parameters, loss="assistant" if rows.kind == "messages" else "completion")
-    encoded = encode.encode_all(rows.train, tokenizer, recipe.loss, recipe.max_length)
-    scored = rows.valid[: recipe.test_items]
-    valid = encode.encode_all(scored, tokenizer, recipe.loss, recipe.max_length)
+    return recipe, tokenizer, parameters
+
+
+def concluded(
+    recipe, tokenizer, parameters: int, rows: sources.Rows, encoded: list, valid: list, count: int, *,
+    findings: list, previews: list[str], objective: str,
+) -> Preflight:  # fmt: skip
+    """The preflight of any trainer: steps, memory, and what is found the same way for all of them.
+
+    encoded: every training row; those without a token that counts are left out. count: rows that a pass over the data
+    takes. objective: as in `methods.memory`.
+    """
     train = [e for e in encoded if e.counted]
-    longest = max(len(e.ids) for e in encoded)
     cuda = build.device_of(recipe.model) != "cpu"
-    need = memory.estimated(recipe, models.locate(recipe.model), longest, cuda)
-    free = memory.free_bytes(cuda)
-    end = encode.turn_end(tokenizer)
+    longest = max(e.longest for e in encoded)
+    need = memory.estimated(recipe, models.locate(recipe.model), longest, cuda, objective)
+    free, end, total, scored = memory.free_bytes(cuda), encode.turn_end(tokenizer), 0, rows.valid[: recipe.test_items]
     if train:
-        total = steps_of(recipe, train)
+        total = steps_of(recipe, count)
         recipe = replace(recipe, save_every=recipe.save_every or math.ceil(total / 10))
-    else:
-        total = 0
     findings = [
         silent.no_labelled_token(encoded),
         silent.end_of_turn_not_in_loss(encoded, end),
         silent.answer_cut_off(encoded, recipe.max_length),
         silent.double_bos(encoded, tokenizer.bos_token_id),
-        silent.rate_out_of_range(recipe.method, recipe.lr, parameters),
         silent.warmup_too_long(recipe.warmup, total) if train else None,
         silent.same_in_both(list(map(sources.prompt_key, rows.train)), list(map(sources.prompt_key, scored))),
-        silent.no_generation_marks(tokenizer, recipe.loss),
         silent.pad_is_eos(tokenizer, end),
         silent.fsdp_without_gpu(torch.cuda.is_available()),
         None if recipe.task else silent.nothing_held_out(len(rows.valid)),
         memory.too_little(need, free),
+        *findings,
     ]
     order = {"error": 0, "warning": 1, "note": 2}
     return Preflight(
-        recipe, parameters, rows, train, valid, scored, total, need, free,
-        [encode.preview(e, tokenizer) for e in (train or encoded)[:3]],
+        recipe, parameters, rows, train, valid, scored, total, need, free, previews,
         sorted((f for f in findings if f), key=lambda f: order[f.level]),
     )  # fmt: skip
 
 
-def steps_of(recipe: SftRecipe, train: list[Example]) -> int:
-    """Optimizer steps of the run. With packing the number of rows is estimated from the tokens."""
+def steps_of(recipe: Recipe, count: int) -> int:
+    """Optimizer steps of the run over `count` rows (with packing: an estimate of the packed rows)."""
     if recipe.steps:
         return recipe.steps
-    rows = len(train)
-    if recipe.packing:
-        rows = math.ceil(sum(len(e.ids) for e in train) / recipe.max_length)
-    forwards = math.ceil(rows / (recipe.batch_size * processes()))
+    forwards = math.ceil(count / (recipe.batch_size * processes()))
     return math.ceil(recipe.epochs * max(1, math.ceil(forwards / recipe.accumulation)))
 
 

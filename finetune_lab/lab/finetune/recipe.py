@@ -9,15 +9,16 @@ lists of recipes, sweeps, interpolation. In production: `trl.TrlParser`, axolotl
 
 import dataclasses
 import difflib
-import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
 
 import yaml
 
 from finetune_lab.errors import UserError
+from finetune_lab.lab import tiers
+from finetune_lab.lab.finetune.settings import checked, setting
 from finetune_lab.lab.tiers import LARGE, SMALL, TINY, Tier
 
 METHODS = ("lora", "dora", "qlora", "full")
@@ -32,11 +33,6 @@ ELSEWHERE = {
     "model_name_or_path": "model", "dataset": "data", "train_file": "data", "output_dir": "out", "val_set_size": "hold_out",
     "neftune_noise_alpha": "neftune", "bf16": "precision", "fp16": "precision",
 }  # fmt: skip
-
-
-def setting(default, kind: str, text: str, **bounds):
-    """A field of a recipe. kind: text, number, count, switch, names; bounds: choices, least, above, most, below."""
-    return field(default=default, metadata={"kind": kind, "help": text, **bounds})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +102,7 @@ class Recipe:
     def completed(self, parameters: int, **values) -> Self:
         """A recipe with every open setting filled: by `values`, then by method and size of the model (parameters)."""
         tier = tier_of(parameters)
-        usual = tier.recipes.get(self.task or "", tier.recipes["extract"])
+        usual = self.usual(tier)
         fill = values | {
             "alpha": 2.0 * self.rank,
             "lr": usual.full_lr if self.method == "full" else usual.lora_lr,
@@ -118,6 +114,10 @@ class Recipe:
         if self.steps is None and self.epochs is None:
             fill |= {"steps": usual.steps} if self.task else {"epochs": 3.0}
         return dataclasses.replace(self, **{k: v for k, v in fill.items() if getattr(self, k) is None})
+
+    def usual(self, tier: Tier) -> tiers.Recipe:
+        """The settings that this tier has for this kind of training."""
+        return tier.recipes.get(self.task or "", tier.recipes["extract"])
 
     def name(self) -> str:
         """A short name of the run: trainer, data, model, method."""
@@ -194,73 +194,3 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {'nothing' if values is None else 'no settings'}: write lines like `lr: 2e-4`.")
     return values
-
-
-def checked(each: dataclasses.Field, value):
-    """The value of a field in its own type. Raises UserError when it is of another kind or out of bounds."""
-    name, rule = each.name, each.metadata
-    if value is None:
-        if each.default is None:
-            return None
-        raise UserError(f"{name} is empty: {_wanted(rule)}.")
-    try:
-        value = _READ[rule["kind"]](value)
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{name} is {value!r}: {_wanted(rule)}.") from None
-    low, high = rule.get("least", -math.inf), rule.get("most", math.inf)
-    choices = rule.get("choices")
-    if choices and value not in choices:
-        raise UserError(f"{name} is {value!r}: {_wanted(rule)}.")
-    if rule["kind"] in ("number", "count") and not (
-        low <= value <= high and rule.get("above", -math.inf) < value < rule.get("below", math.inf)
-    ):
-        raise UserError(f"{name} is {value!r}: {_wanted(rule)}.")
-    return value
-
-
-def _wanted(rule) -> str:
-    if "choices" in rule:
-        return f"choose one of {', '.join(rule['choices'])}"
-    kinds = {"number": "a number such as 2e-4", "count": "a whole number", "switch": "true or false", "text": "text"}
-    bounds = [f"{word} {rule[key]}" for key, word in _WORDS.items() if key in rule]
-    return f"give {kinds.get(rule['kind'], 'a name or a list of names')}" + (
-        f", {' and '.join(bounds)}" if bounds else ""
-    )
-
-
-_WORDS = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
-
-
-def _number(value) -> float:
-    if isinstance(value, bool) or not math.isfinite(value := float(value)):
-        raise ValueError
-    return value
-
-
-def _count(value) -> int:
-    value = _number(value)
-    if value != int(value):
-        raise ValueError
-    return int(value)
-
-
-def _switch(value) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
-def _text(value) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError
-    return value
-
-
-def _names(value) -> tuple[str, ...]:
-    names = [word.strip() for word in value.split(",")] if isinstance(value, str) else list(value)
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError
-    return tuple(names)
-
-
-_READ = {"number": _number, "count": _count, "switch": _switch, "text": _text, "names": _names}

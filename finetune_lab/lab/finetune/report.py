@@ -3,18 +3,17 @@
 import statistics
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from finetune_lab.lab.finetune import runs
+from finetune_lab.lab.finetune.curves import curve
 from finetune_lab.lab.finetune.memory import gb
 from finetune_lab.lab.finetune.preflight import Preflight
 from finetune_lab.lab.finetune.score import asked, reference
+from finetune_lab.lab.finetune.score_pairs import MEANING
 
 ASPECTS = ("prompt", "expected", "before", "after")
 SAMPLES = 4
-SHARES = ("exact_match", "field_f1", "good")
-BLUE, VERMILLION = "#0072B2", "#D55E00"
+SHARES = ("exact_match", "field_f1", "good", "accuracy", "likelier")
+UNITS = {"loss": "nats a token", "chosen_logp": "nats an answer", "rejected_logp": "nats an answer"}
 
 
 def build(
@@ -33,8 +32,10 @@ def build(
     tail = [value for _, value in loss[-min(10, len(loss) // 10 + 1) :]]  # the last tenth, as single steps jump
     return {
         **found.as_dict(),
+        "trainer": found.recipe.trainer(),
         "before": before, "after": after, "samples": samples, "result": result,
         "loss": loss, "held_out_loss": held_out,
+        "rewards": [[row["step"], row["rewards/chosen"], row["rewards/rejected"]] for row in log if "rewards/chosen" in row and "rewards/rejected" in row],
         "final_loss": statistics.mean(tail) if tail else None,
         **bill, **made,
     }  # fmt: skip
@@ -66,40 +67,19 @@ def figures(scores: dict) -> str:
 def _figure(name: str, value: float | None) -> str:
     if value is None:
         return "none"
-    return f"{100 * value:.1f} %" if name in SHARES else f"{value:.3f} nats a token"
-
-
-def curve(report: dict) -> Figure:
-    """Training loss of each step, and held-out loss where it was measured."""
-    steps, values = zip(*report["loss"], strict=True)
-    with matplotlib.rc_context({"font.size": 10, "axes.spines.right": False, "axes.spines.top": False}):
-        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(steps, values, color=BLUE, linewidth=1.2)
-        axes.annotate(" training", (steps[-1], values[-1]), color=BLUE, va="bottom", annotation_clip=False)
-        if report["held_out_loss"]:
-            at, held = zip(*report["held_out_loss"], strict=True)
-            axes.plot(at, held, color=VERMILLION, marker="s", markersize=5, linewidth=1.5)
-            axes.annotate(" held out", (at[-1], held[-1]), color=VERMILLION, va="top", annotation_clip=False)
-        axes.set_title(f"Loss from {values[0]:.3g} to {report['final_loss']:.3g} in {steps[-1]} steps", loc="left")
-        axes.set(
-            xlabel="optimizer step",
-            ylabel="loss (nats a token)",
-        )
-        shown = [value for row in (report["loss"], report["held_out_loss"]) for _, value in row]
-        if min(shown) > 0 and max(shown) > 30 * min(shown):
-            axes.set(yscale="log", ylabel="loss (nats a token), log scale")
-        else:
-            axes.set_ylim(0, None)
-        axes.grid(alpha=0.25)
-    return figure
+    if name in SHARES:
+        return f"{100 * value:.1f} %"
+    return f"{value:.1f}" if name == "words" else f"{value:.3f} {UNITS.get(name, '')}".rstrip()
 
 
 def page(report: dict, folder: Path) -> str:
     """The report as Markdown."""
     recipe = report["recipe"]
-    out = [f"# {recipe['method']} on {recipe['model']}: {recipe['task'] or Path(recipe['data']).name}", ""]
-    out += _scores(report) + _curve(report) + _samples(report)
+    out = [
+        f"# {report['trainer']}, {recipe['method']} on {recipe['model']}: {recipe['task'] or Path(recipe['data']).name}",
+        "",
+    ]
+    out += _scores(report) + _moved(report) + _curve(report) + _samples(report)
     out += ["## The bill", "", *_table([["of this run", ""], *_bill(report)]), ""]
     out += _data(report)
     kind = "adapter" if report["result"] == "adapter" else "model"
@@ -118,14 +98,33 @@ def _scores(report: dict) -> list[str]:
     rows = [["held out", "before", "after"]]
     for name, value in report["after"].items():
         rows.append([name.replace("_", " "), _figure(name, report["before"].get(name)), _figure(name, value)])
-    return [*_table(rows), "", f"{report['scored_rows']} held-out rows, greedy answers.", ""]
+    out = [*_table(rows), "", f"{report['scored_rows']} held-out rows; {_said(report)} answers.", ""]
+    meaning = [f"- {name.replace('_', ' ')}: {text}" for name, text in MEANING.items() if name in report["after"]]
+    return [*out, *meaning, ""] if meaning else out
+
+
+def _said(report: dict) -> str:
+    return "sampled (temperature 1)" if report["recipe"]["task"] == "reply" else "greedy"
+
+
+def _moved(report: dict) -> list[str]:
+    """Likelihood displacement: the better answers, too, became less likely."""
+    before, after = (report[when].get("chosen_logp") for when in ("before", "after"))
+    if before is None or after is None or after >= before:
+        return []
+    text = (
+        f"The chosen answers became less likely ({before:.1f} to {after:.1f} nats an answer), as often in DPO: the loss "
+        "asks only that the rejected ones fall further. What the model says now stands below; a larger beta, a lower lr "
+        "or fewer steps move it less."
+    )
+    return [text, ""]
 
 
 def _curve(report: dict) -> list[str]:
     if not report["loss"]:
         return []
     first, last = report["loss"][0][1], report["final_loss"]
-    alt = f"Training loss falls from {first:.3g} to {last:.3g} nats a token in {report['loss'][-1][0]} steps."
+    alt = f"Training loss goes from {first:.3g} to {last:.3g} in {report['loss'][-1][0]} steps."
     if report["held_out_loss"]:
         alt += f" Held-out loss ends at {report['held_out_loss'][-1][1]:.3g}."
     return [f"![{alt}](curve.png)", ""]
@@ -150,8 +149,9 @@ def _bill(report: dict) -> list[list[str]]:
     estimate = f" (estimated {gb(report['memory']['bytes'])} beside the libraries)" if report["memory"] else ""
     git = report["git"]
     state = f"{git['commit'][:10]}{' with changes' if git['changed'] else ''}" if git else "no repository"
+    unit = "pairs" if "rejected_logp" in report["after"] and recipe["loss"] != "kto" else "sequences"
     return [
-        ["training", f"{seconds:.0f} s, {report['total_steps']} steps of {batch} sequences"],
+        ["training", f"{seconds:.0f} s, {report['total_steps']} steps of {batch} {unit}"],
         ["trained parameters", f"{report['trained_parameters']:,} of {report['parameters']:,}"],
         ["peak memory of the process", gb(report["peak_bytes"]) + estimate],
         ["processes", str(report["processes"])],

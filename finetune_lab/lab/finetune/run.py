@@ -52,8 +52,9 @@ def sft(
             eval_dataset=_table(found.valid[:CURVE_ROWS]) if found.valid else None,
         )
 
-    def scorer(model, tokenizer) -> tuple[dict, list[str]]:
-        return score.score(model, tokenizer, found.valid_rows, found.valid, found.recipe.task)
+    def scorer(model, tokenizer, before: dict | None) -> dict:
+        scores, said = score.score(model, tokenizer, found.valid_rows, found.valid, found.recipe.task)
+        return {"scores": scores, "answers": said}
 
     return session(found, make_trainer, scorer if found.valid_rows else None, fresh=fresh, on_step=on_step, say=say)
 

@@ -15,6 +15,7 @@ pickle; nothing reads it, and it is removed before a checkpoint counts. The fini
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -127,3 +128,51 @@ def last_checkpoint(folder: Path) -> Path | None:
             else:
                 shutil.rmtree(path)
     return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+
+def find_adapter(path: str) -> Path:
+    """The adapter's folder: the path itself, or `adapter` in the folder of a run. Raises UserError."""
+    folder = Path(path).expanduser()
+    for place in (folder, folder / "adapter"):
+        if (place / "adapter_config.json").is_file():
+            if not (place / "adapter_model.safetensors").is_file():
+                raise UserError(
+                    f"{place} has no adapter_model.safetensors; other formats are pickles and are not read."
+                )
+            return place
+    if (folder / "model" / "config.json").is_file():
+        raise UserError(f"{path} holds a fully fine-tuned model, not an adapter: use --model {folder / 'model'}.")
+    raise UserError(f"{path} holds no adapter (no adapter_config.json): give the folder of a run or of an adapter.")
+
+
+def base_of(adapter: Path) -> str:
+    """The name of the model that an adapter was trained on."""
+    try:
+        return str(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{adapter / 'adapter_config.json'} cannot be read: {error}") from error
+
+
+def fingerprint(adapter: Path) -> str:
+    """A hash of an adapter's weights: a run that goes on must have begun at the same ones."""
+    with (adapter / "adapter_model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def settings_of(adapter: Path) -> dict:
+    """{"method", "rank", "alpha", "targets"} of an adapter, in the words of a recipe."""
+    config = read(adapter / "adapter_config.json") or {}
+    try:
+        targets = config["target_modules"]
+        method = "dora" if config.get("use_dora") else "lora"
+        with contextlib.suppress(OSError):
+            if re.search(
+                r"^method: qlora$", (adapter.parent / "recipe.yaml").read_text(encoding="utf-8"), re.MULTILINE
+            ):
+                method = "qlora"  # the adapter's file does not say that its base was in 4 bits
+        return {
+            "method": method, "rank": int(config["r"]), "alpha": float(config["lora_alpha"]),
+            "targets": (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+        }  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{adapter / 'adapter_config.json'} describes no LoRA adapter ({error} is missing).") from error

@@ -29,25 +29,30 @@ from finetune_lab.lab.finetune.preflight import Preflight
 from finetune_lab.lab.finetune.recipe import Recipe
 from finetune_lab.provenance import git_state, provenance
 
+REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter that goes on training
+
 MakeTrainer = Callable[..., Trainer]  # (model, tokenizer) -> a trainer that is also `Resuming`
-Scorer = Callable[..., tuple[dict, list[str]]]  # (model, tokenizer) -> scores and answers on the held-out rows
+# (model, tokenizer, what the scorer gave before training, or None) -> {"scores", "answers"} on the held-out rows, and
+# whatever else it wants to see again after training; plain values, as they are kept in before.json
+Scorer = Callable[..., dict]
+Loader = Callable[[Recipe], tuple]  # -> model, tokenizer
 
 
 class Resuming:
     """Two repairs of what happens when a checkpoint is loaded, to put before a trainer: `class T(Resuming, SFTTrainer)`.
 
-    peft 0.21.2 makes a bf16 adapter (QLoRA) fp32, so that the rest would train in another precision; transformers 5.23
+    peft 0.21.2 makes bf16 adapters (QLoRA) fp32, so that the rest would train in another precision; transformers 5.23
     trains one step too many when the checkpoint is already the last one.
     """
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        before = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
+        before = {name: p.dtype for name, p in self.model.named_parameters() if p.is_floating_point()}
         loud = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # it says that the tied head is missing, which is never saved
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         transformers_logging.set_verbosity(loud)
         for name, p in self.model.named_parameters():
-            if name in before:
+            if p.dtype != before.get(name, p.dtype):
                 p.data = p.data.to(before[name])
 
     def train(self, resume_from_checkpoint: str | None = None, **more):
@@ -104,11 +109,12 @@ def session(
     make_trainer: MakeTrainer,
     scorer: Scorer | None,
     *,
+    load: Loader = build.load,
     fresh: bool = False,
     on_step: watch.OnStep | None = None,
     say: Callable[[str], None] = print,
 ) -> dict:
-    """Train, or go on, and return the report. scorer: None when nothing is held out.
+    """Train, or go on, and return the report. scorer: None when nothing is held out. load: gives the untrained model.
 
     fresh: put an older run in the same folder aside. on_step(step, loss): for live curves. say: gets each line of text.
     Raises UserError for another run in the folder, a loss that is no number, a full GPU.
@@ -128,7 +134,7 @@ def session(
             say(f"this run is finished; --fresh trains it again. Its report: {folder / 'report.md'}")
             return runs.read(folder / "report.json")
         try:
-            return _train(found, make_trainer, scorer, folder, on_step, say)
+            return _train(found, make_trainer, scorer, load, folder, on_step, say)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the memory of the GPU is full ({str(error).splitlines()[0][:120]}). Make batch_size smaller and "
@@ -140,14 +146,16 @@ def identity(found: Preflight) -> dict:
     """Everything that must be equal for two runs to end with the same weights."""
     values = dataclasses.asdict(found.recipe) | {"data": found.recipe.data and Path(found.recipe.data).name}
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k != "out"}
+    if start := values.get("start"):
+        values["start"] = runs.fingerprint(runs.find_adapter(start))
     return values | {"rows": found.rows.fingerprint(), "processes": preflight.processes()}
 
 
-def _train(found: Preflight, make_trainer: MakeTrainer, scorer, folder: Path, on_step, say) -> dict:
+def _train(found: Preflight, make_trainer: MakeTrainer, scorer, load: Loader, folder: Path, on_step, say) -> dict:
     recipe, first = found.recipe, rank() == 0
     checkpoint = runs.last_checkpoint(folder / "checkpoints") if first else None  # deletes what was cut off
     checkpoint = _shared(str(checkpoint) if checkpoint else None)
-    model, tokenizer = build.load(recipe)
+    model, tokenizer = load(recipe)
     before = _before(scorer, folder, model, tokenizer, found, say) if first else None
     _wait()
     with build.quiet_peft():
@@ -186,8 +194,7 @@ def _before(scorer, folder: Path, model, tokenizer, found: Preflight, say) -> di
         kept = {"scores": {}, "answers": []}
         if scorer:
             say(f"scoring {len(found.valid_rows)} held-out rows before training")
-            scores, said = scorer(model, tokenizer)
-            kept = {"scores": scores, "answers": said}
+            kept = scorer(model, tokenizer, None)
         runs.write(folder / "before.json", kept)
     if kept["scores"]:
         say("before: " + report.figures(kept["scores"]))
@@ -198,12 +205,13 @@ def _finish(
     found, folder: Path, place: Path, trainer: Trainer, tokenizer, scorer, before: dict, bill: dict, say
 ) -> dict:
     """Score the result, write the report, and only then call the run finished."""
-    scores, said = scorer(trainer.model, tokenizer) if scorer else ({}, [])
-    if scores:
-        say("after:  " + report.figures(scores))
+    after = scorer(trainer.model, tokenizer, before) if scorer else {"scores": {}, "answers": []}
+    if after["scores"]:
+        say("after:  " + report.figures(after["scores"]))
     made = {**provenance(), "seed": found.recipe.seed, "git": git_state()}
     result = report.build(
-        found, before["scores"], scores, report.samples(found.valid_rows, before["answers"], said) if said else [],
+        found, before["scores"], after["scores"],
+        report.samples(found.valid_rows, before["answers"], after["answers"]) if after["answers"] else [],
         trainer.state.log_history, bill, made, place.name,
     )  # fmt: skip
     report.write(result, folder)
@@ -225,6 +233,8 @@ def save(trainer: Trainer, folder: Path, recipe: Recipe) -> Path:
     if recipe.method != "full":
         # the name that people give, not this machine's path: `generate` and others look the base up by it
         trainer.model.peft_config["default"].base_model_name_or_path = recipe.model
+        if REFERENCE in trainer.model.peft_config:  # the frozen copy that TRL makes: not a result
+            trainer.model.delete_adapter(REFERENCE)
     _wait()
     with warnings.catch_warnings(action="ignore"):  # peft looks for the base's config on the hub, which may be away
         trainer.save_model(str(part))

@@ -5,7 +5,9 @@ training would be for nothing; `warning` that it may be; `note` that it is harml
 Lesson 05 shows each of them on the tiny model.
 """
 
+import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,12 +102,13 @@ def double_bos(examples: Sequence[Example], bos: int | None) -> Finding | None:
     )  # fmt: skip
 
 
-def rate_out_of_range(method: str, lr: float, parameters: int) -> Finding | None:
+def rate_out_of_range(method: str, lr: float, parameters: int, kind: str = "extract") -> Finding | None:
     """A learning rate made for another method: full fine-tuning breaks at LoRA's rate, LoRA hardly moves at full's.
 
     The usual rate comes from `lab.tiers`; a tenth of it, or less, is called low, and more than five times it high.
+    kind: the row of `lab.tiers`; preference training has its own ("dpo", "dpo-start"), with lower rates.
     """
-    usual_of = tier_of(parameters).recipes["extract"]
+    usual_of = tier_of(parameters).recipes[kind]
     usual = usual_of.full_lr if method == "full" else usual_of.lora_lr
     if usual / 10 < lr <= 5 * usual:
         return None
@@ -138,6 +141,31 @@ def same_in_both(train: Sequence[str], valid: Sequence[str]) -> Finding | None:
         "validation seen in training", "warning",
         f"{both} of {len(set(valid))} scored prompts also stand in the training data: the score will be too good.",
         "Take them out of one of the two.",
+    )  # fmt: skip
+
+
+def repeated(rows: Sequence[str]) -> Finding | None:
+    """The same row (as text) again and again: it counts as often as it stands there, and is learnt by heart first."""
+    more = len(rows) - len(set(rows))
+    if not more:
+        return None
+    most, times = Counter(rows).most_common(1)[0]
+    return Finding(
+        "repeated rows", "warning",
+        f"{more} of {len(rows)} rows are copies of another one (row {rows.index(most) + 1} stands there {times} times).",
+        "Keep one of each, unless the weight is meant.",
+    )  # fmt: skip
+
+
+def few_scored(rows: int, least: int = 50) -> Finding | None:
+    """A score of a few rows moves by luck: the interval is 1.96 sqrt(p (1 - p) / n), widest at p = 1/2."""
+    if not 0 < rows < least:
+        return None
+    half = 98 / math.sqrt(rows)
+    return Finding(
+        "few scored rows", "note",
+        f"only {rows} rows are scored: a share of 50 % then means {max(0, 50 - half):.0f} to {min(100, 50 + half):.0f} %.",
+        "Hold out more, or raise test_items, before you compare two runs.",
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from finetune_lab.lab import data, hub
 from finetune_lab.lab.finetune.recipe import Recipe, tier_of
 
 FILES = (".jsonl", ".json", ".csv", ".txt", ".parquet")  # a name that ends like this is a file, not a hub data set
-COLUMNS = {"messages", "prompt", "completion", "chosen", "rejected", "id", "meta"}
+COLUMNS = {"messages", "prompt", "completion", "chosen", "rejected", "label", "id", "meta"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def read(recipe: Recipe, tokenizer, parameters: int, kinds: tuple[str, ...]) -> 
     Raises data.DataError with every bad line, UserError for a file of another format or too few rows.
     """
     if recipe.task:
-        return _task(recipe, parameters)
+        return _task(recipe, parameters, kinds)
     notes: list[str] = []
     rows = _load(recipe.data, tokenizer, recipe.special_tokens, notes)
     kind = data.format_of(rows[0])
@@ -90,16 +90,36 @@ def prompt_key(row: dict) -> str:
     return json.dumps(row["prompt"] if "prompt" in row else row["messages"][:-1], sort_keys=True)
 
 
-def _task(recipe: Recipe, parameters: int) -> Rows:
+def row_key(row: dict) -> str:
+    """Everything that a row teaches, as text."""
+    return json.dumps({k: v for k, v in row.items() if k not in data.KEPT}, sort_keys=True)
+
+
+def _task(recipe: Recipe, parameters: int, kinds: tuple[str, ...]) -> Rows:
     tier = tier_of(parameters)
     items = tier.items(recipe.task, "train", recipe.items, recipe.seed)
     valid = tier.items(recipe.task, recipe.split, recipe.test_items) if recipe.test_items else []
-    train = [{"prompt": item["prompt"], "completion": item["completion"]} for item in items]
+    as_pair, archive = "preference" in kinds, random.Random(f"archive-{recipe.seed}")
+    train = [_pair(item) if as_pair else _letter(item, archive) for item in items]
     keys = {item["key"] for item in items}
     seen = sum(item["key"] in keys for item in valid)
     words = "never used" if recipe.split == "test" else "used"
     note = f"{len(valid)} held-out items of {recipe.task} in words {words} in training; {seen} of them share their combination with a training item"
-    return Rows("prompt-completion", train, valid, (note,) if valid else ())
+    if recipe.task == "reply" and not as_pair:
+        note += "; half of the letters to imitate break the shop's rule: `finetune-lab dpo` mends that"
+    if as_pair:
+        valid = [_pair(item) | {"facts": item["facts"]} for item in valid]
+    return Rows("preference" if as_pair else "prompt-completion", train, valid, (note,) if valid else ())
+
+
+def _letter(item: dict, archive: random.Random) -> dict:
+    """What to imitate. For reply: the shop's archive, where a letter is good or bad with probability 1/2."""
+    bad = "rejected" in item and archive.random() < 0.5
+    return {"prompt": item["prompt"], "completion": item["rejected" if bad else "completion"]}
+
+
+def _pair(item: dict) -> dict:
+    return {"prompt": item["prompt"], "chosen": item["completion"], "rejected": item["rejected"]}
 
 
 def _load(source: str, tokenizer, special_tokens: str, notes: list[str]) -> list[dict]:

@@ -9,9 +9,7 @@ Leaves out: sampling, streaming, many adapters in one batch (lesson 15).
 
 import contextlib
 import copy
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
@@ -21,6 +19,7 @@ from finetune_lab.errors import UserError
 from finetune_lab.lab import generate, models
 from finetune_lab.lab.finetune.build import quiet_peft
 from finetune_lab.lab.finetune.encode import turn_end
+from finetune_lab.lab.finetune.runs import base_of, find_adapter
 from finetune_lab.methods.chat import chat_format
 
 Chat = list[dict[str, str]]
@@ -48,29 +47,6 @@ def answers(
     stops = sorted({turn_end(tokenizer), tokenizer.eos_token_id})
     made = generate.complete(model, tokenizer, rows, max_new_tokens=max_new_tokens, batch_size=batch_size, stops=stops)
     return tokenizer.batch_decode(made, skip_special_tokens=True)
-
-
-def find_adapter(path: str) -> Path:
-    """The adapter's folder: the path itself, or `adapter` in the folder of a run. Raises UserError."""
-    folder = Path(path).expanduser()
-    for place in (folder, folder / "adapter"):
-        if (place / "adapter_config.json").is_file():
-            if not (place / "adapter_model.safetensors").is_file():
-                raise UserError(
-                    f"{place} has no adapter_model.safetensors; other formats are pickles and are not read."
-                )
-            return place
-    if (folder / "model" / "config.json").is_file():
-        raise UserError(f"{path} holds a fully fine-tuned model, not an adapter: use --model {folder / 'model'}.")
-    raise UserError(f"{path} holds no adapter (no adapter_config.json): give the folder of a run or of an adapter.")
-
-
-def base_of(adapter: Path) -> str:
-    """The name of the model that an adapter was trained on."""
-    try:
-        return str(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{adapter / 'adapter_config.json'} cannot be read: {error}") from error
 
 
 def load_voices(

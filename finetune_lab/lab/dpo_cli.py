@@ -1,0 +1,65 @@
+"""finetune-lab dpo CONFIG|flags: train on preferences (pairs, or answers with a thumb), and get a report."""
+
+import argparse
+
+from finetune_lab.lab.sft_cli import add_run_flags, add_settings, recipe_of, run_command, speaker
+
+EXAMPLES = """examples:
+  finetune-lab dpo --task reply                           the tiny model first learns to write letters, then good ones
+  finetune-lab dpo --data pairs.jsonl --start runs/my-sft --hold-out 0.1 --check
+  finetune-lab dpo --data thumbs.jsonl --start runs/my-sft --loss kto
+  finetune-lab dpo recipes/reply_dpo.yaml --beta 0.3 --out runs/second
+
+Data: {"prompt", "chosen", "rejected"}, or {"prompt", "completion", "label": true} for kto. The reference is the model at
+the start of this run. A killed run goes on when the same command is given again; a flag wins over the file."""
+
+
+def register(subparsers) -> None:
+    """Add the command `dpo` to the command line."""
+    from finetune_lab.lab.finetune.dpo_recipe import DpoRecipe
+
+    line = "train a model on preferences (DPO, IPO, KTO), and get a report"
+    parser = subparsers.add_parser(
+        "dpo", help=line, description=line, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file with settings")
+    add_settings(parser, DpoRecipe)
+    add_run_flags(parser)
+    parser.set_defaults(func=dpo)
+
+
+def dpo(args) -> int:
+    """0 trained (or finished before, or nothing wrong found by --check), 1 --check found what forbids training."""
+    from finetune_lab.lab.finetune import preflight_dpo
+    from finetune_lab.lab.finetune.dpo_recipe import DpoRecipe
+
+    recipe = recipe_of(args, DpoRecipe)
+    if recipe.task and recipe.model == "tiny" and recipe.start is None and not args.check:
+        args.start = first_stage(recipe, args)
+        recipe = recipe_of(args, DpoRecipe)
+
+    def train(recipe, found, say) -> dict:
+        from finetune_lab.lab.finetune import dpo as trainer  # TRL takes seconds to import: --check does without
+
+        return trainer.dpo(recipe, fresh=args.fresh, say=say, found=found)
+
+    return run_command(args, recipe, preflight_dpo.inspect, train)
+
+
+def first_stage(recipe, args) -> str:
+    """The run beside this one that teaches the tiny model, a bare base, to write letters at all; made if need be."""
+    from finetune_lab.errors import UserError
+    from finetune_lab.lab.finetune import run
+    from finetune_lab.lab.finetune.recipe import SftRecipe
+
+    if recipe.method == "full":
+        raise UserError(
+            "the tiny model cannot write letters yet: run `finetune-lab sft --task reply --method full` first, and give "
+            "the folder `model` of that run as --model."
+        )
+    say, out = speaker(args), f"{recipe.out or 'runs/' + recipe.name()}-start"
+    say(f"the tiny model cannot write letters yet: supervised fine-tuning comes first, in {out}")
+    same = ("task", "method", "rank", "alpha", "targets", "seed", "precision", "test_items")
+    values = {name: getattr(recipe, name) for name in same}
+    run.sft(SftRecipe(model="tiny", out=out, **values), say=say)
+    return out

@@ -1,0 +1,91 @@
+"""The recipe of preference training: which loss, against which reference, and the adapter that it goes on from.
+
+DPO begins where supervised fine-tuning ended, and measures against that beginning. Two ways to say so:
+
+    start: runs/sft-...        the adapter of that run goes on training; a frozen copy of it is the reference
+    model: runs/sft-.../model  a whole model; a new adapter goes on top, and the reference is that model without it
+
+With `start` the result is one adapter on the same base: it fits wherever the first one did, and nothing has to be
+merged. Rank, alpha, targets and method are the adapter's own. In production: `trl dpo --config`, which copies the
+adapter the same way.
+"""
+
+from dataclasses import dataclass
+
+from finetune_lab.errors import UserError
+from finetune_lab.lab import tiers
+from finetune_lab.lab.finetune import runs
+from finetune_lab.lab.finetune.recipe import METHODS, Recipe
+from finetune_lab.lab.finetune.settings import setting
+
+PAIRED = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoRecipe(Recipe):
+    """Preference training: which loss, against which reference, and the adapter that it goes on from."""
+
+    task: str | None = setting(None, "text", "the pairs of the course instead of data", choices=("reply",))
+    start: str | None = setting(
+        None, "text", "the run (or adapter) that goes on training; a frozen copy of it is the reference"
+    )
+    loss: str | None = setting(
+        None, "text", "sigmoid is DPO; kto takes labels instead of pairs (default: by the data)",
+        choices=(*PAIRED, "kto"),
+    )  # fmt: skip
+    beta: float = setting(0.1, "number", "how tightly the reference holds; in ipo it is the paper's tau", above=0)
+    label_smoothing: float = setting(
+        0.0, "number", "robust: share of pairs that may be the wrong way round", least=0, below=0.5
+    )
+    desirable_weight: float = setting(1.0, "number", "kto: weight of the good answers", above=0)
+    undesirable_weight: float = setting(1.0, "number", "kto: weight of the bad answers", above=0)
+    reference: str | None = setting(
+        None, "text", "log-probabilities of the reference: at each step, or all before training (default: live; full: precomputed)",
+        choices=("live", "precomputed"),
+    )  # fmt: skip
+    method: str | None = setting(None, "text", "what is trained (default: as in start, else lora)", choices=METHODS)
+    rank: int | None = setting(None, "count", "rank r of the adapter (default: as in start, else 16)", least=1)
+    targets: tuple[str, ...] | None = setting(
+        None, "names", "layers with an adapter, by name, or all-linear (default: as in start, else all-linear)"
+    )
+
+    def __post_init__(self):
+        place = runs.find_adapter(self.start) if isinstance(self.start, str) else None
+        if place and self.model is None:
+            object.__setattr__(self, "model", runs.base_of(place))
+        super().__post_init__()
+        inherited = runs.settings_of(place) if place else {"method": "lora", "rank": 16, "targets": ("all-linear",)}
+        for name, value in inherited.items():
+            given = getattr(self, name)
+            if given is None:
+                object.__setattr__(self, name, value)
+            elif place and given != value:
+                raise UserError(
+                    f"{name} is {given!r}, but the adapter in {self.start} has {value!r}, and it is the one that goes "
+                    f"on training: leave {name} away."
+                )
+        if place and runs.base_of(place) != self.model:
+            raise UserError(
+                f"{self.start} was trained on {runs.base_of(place)}, not on {self.model}: leave model away."
+            )
+        if self.dropout:
+            raise UserError(
+                "dropout is for `sft`: in preference training policy and reference must be the same network. Leave it away."
+            )
+        if self.method == "full" and self.reference is None:
+            object.__setattr__(self, "reference", "precomputed")
+        if self.method == "full" and self.reference == "live":
+            raise UserError("reference live needs an adapter to switch off: with method full it is precomputed.")
+        if self.label_smoothing and self.loss != "robust":
+            raise UserError(
+                f"label_smoothing does nothing in loss {self.loss or 'sigmoid'} (TRL 1.16 drops it without a word): use "
+                "loss robust, or leave it away."
+            )
+
+    def kind(self) -> str:
+        """The row of `lab.tiers`: a new adapter (B = 0) takes a higher rate than one that has learnt already."""
+        return "dpo-start" if self.start else "dpo"
+
+    def usual(self, tier: tiers.Tier) -> tiers.Recipe:
+        """Preference training has rates of its own, whatever the data."""
+        return tier.recipes[self.kind()]
