@@ -71,8 +71,7 @@ def shared_pair_logps(model: PreTrainedModel, pairs: Sequence[Pair], pad: int = 
     counted = torch.tensor(labels, device=model.device) != p.IGNORE_INDEX
     states = hidden.flatten(0, 1)[rows.places[counted]]
     logps = p.target_logps(states, base.lm_head.weight, rows.targets[counted])
-    totals = torch.zeros(2 * len(pairs), device=logps.device)
-    return totals.index_add(0, rows.answers[counted], logps).view(2, -1)
+    return p.sum_by(logps, rows.answers[counted], 2 * len(pairs)).view(2, -1)
 
 
 @torch.no_grad()

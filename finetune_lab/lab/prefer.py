@@ -8,6 +8,7 @@ Leaves out: accumulation, mixed precision, saving. Production: `trl.DPOTrainer`,
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,8 +23,9 @@ from finetune_lab.lab.pairs import (
     row_logps,
     with_mismatched,
 )
-from finetune_lab.lab.train import Mask, batches, encode
+from finetune_lab.lab.train import Mask, Order, Schedule, batches, encode
 from finetune_lab.methods import preference as p
+from finetune_lab.methods.schedules import early_linear
 
 Reference = str | Tensor | PreTrainedModel
 
@@ -90,6 +92,8 @@ def dpo(
     mask: Mask = "completion",
     logps: Callable = pair_logps,
     warmup: int = 10,
+    schedule: Schedule = early_linear,
+    order: Order = batches,
     seed: int = 0,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[dict]:
@@ -104,10 +108,10 @@ def dpo(
     if isinstance(loss, str) and loss not in LOSSES:
         raise UserError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}, or give a function")
     encoded = encode_pairs(tokenizer, pairs, mask)
-    order = list(batches(len(encoded), batch_size, steps, seed))
+    visits = list(order(len(encoded), batch_size, steps, seed))
     if loss in WITHOUT_REFERENCE:
         reference = torch.zeros(2, len(encoded))
-    before = _reference(model, reference, encoded, logps, sorted({i for chosen in order for i in chosen}))
+    before = _reference(model, reference, encoded, logps, sorted({i for chosen in visits for i in chosen}))
     settings = {"beta": beta, "epsilon": epsilon, "gamma": gamma}
 
     def loss_of(step: int, chosen: list[int]) -> tuple[Tensor, dict]:
@@ -128,7 +132,7 @@ def dpo(
         }
         return value, figures
 
-    return _train(model, order, loss_of, lr, warmup, seed, on_step)
+    return _train(model, visits, loss_of, [lr * schedule(step, steps, warmup) for step in range(steps)], seed, on_step)
 
 
 def kto(
@@ -143,6 +147,8 @@ def kto(
     weights: tuple[float, float] = (1.0, 1.0),
     reference: Reference = "precomputed",
     warmup: int = 10,
+    schedule: Schedule = early_linear,
+    order: Order = batches,
     seed: int = 0,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[dict]:
@@ -155,14 +161,14 @@ def kto(
         raise UserError("batch_size is 1, but KTO estimates its reference point from mismatched rows: give 2 or more")
     encoded = encode(tokenizer, items)
     labels = torch.tensor([bool(item["label"]) for item in items])
-    order = list(batches(len(encoded), batch_size, steps, seed))
-    rows = [with_mismatched([encoded[i] for i in chosen]) for chosen in order]
-    flat = [row for step_rows in rows for row in step_rows]
-    before = _reference(model, reference, flat, row_logps)
+    visits = list(order(len(encoded), batch_size, steps, seed))
+    rows = [with_mismatched([encoded[i] for i in chosen]) for chosen in visits]
+    before = _reference(model, reference, [row for step_rows in rows for row in step_rows], row_logps)
+    firsts = [0, *accumulate(map(len, rows))]
 
     def loss_of(step: int, chosen: list[int]) -> tuple[Tensor, dict]:
-        size, first = len(chosen), 2 * len(chosen) * step
-        past, mismatched_past = before(range(first, first + 2 * size)).to(model.device).view(2, -1)
+        size = len(chosen)
+        past, mismatched_past = before(range(firsts[step], firsts[step + 1])).to(model.device).view(2, -1)
         policy = row_logps(model, rows[step][:size])
         with torch.no_grad():
             mismatched = row_logps(model, rows[step][size:])
@@ -173,7 +179,7 @@ def kto(
         margin = means["reward_good"] - means["reward_bad"]  # nan in a batch of one kind of thumb
         return value, {"z0": z0.item(), **means, "margin": margin}
 
-    return _train(model, order, loss_of, lr, warmup, seed, on_step)
+    return _train(model, visits, loss_of, [lr * schedule(step, steps, warmup) for step in range(steps)], seed, on_step)
 
 
 def _means(rewards: Sequence[Tensor], logps: Sequence[Tensor]) -> dict[str, float]:
@@ -208,25 +214,30 @@ def _reference(
     return lambda chosen: frozen_logps(reference, [rows[i] for i in chosen], logps)
 
 
-def _train(model, order, loss_of, lr, warmup, seed, on_step) -> list[dict]:
-    """The loop of `lab.train.sft` around `loss_of(step, indices) -> (loss, figures of the step)`."""
+def _train(
+    model: PreTrainedModel,
+    visits: list[list[int]],
+    loss_of: Callable[[int, list[int]], tuple[Tensor, dict]],
+    rates: list[float],
+    seed: int,
+    on_step: Callable[[int, float], None] | None,
+) -> list[dict]:
+    """The loop of `lab.train.sft` around another loss: `loss_of(step, indices)` gives it with the step's figures."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
     torch.manual_seed(seed)
-    history, began, steps = [], time.perf_counter(), len(order)
+    history, began = [], time.perf_counter()
     model.train()
-    for step, chosen in enumerate(order):
-        share = min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * share
+    for step, (chosen, lr) in enumerate(zip(visits, rates, strict=True)):
+        optimizer.param_groups[0]["lr"] = lr
         loss, figures = loss_of(step, chosen)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seconds = time.perf_counter() - began
-        history.append({"step": step, "loss": loss.item(), **figures, "lr": lr * share, "seconds": seconds})
+        row = {"step": step, "loss": loss.item(), **figures, "lr": lr, "seconds": time.perf_counter() - began}
+        history.append(row)
         if on_step:
-            on_step(step, history[-1]["loss"])
+            on_step(step, row["loss"])
     model.eval()
     return history

@@ -10,7 +10,7 @@
 Leaves out reward models, PPO and GRPO. In production: `trl.DPOTrainer`, `trl.KTOTrainer`, `trl.experimental.orpo`/`cpo`.
 """
 
-from finetune_lab.methods.preference.logps import IGNORE_INDEX, hidden_logps, sequence_logps, target_logps
+from finetune_lab.methods.preference.logps import IGNORE_INDEX, hidden_logps, sequence_logps, sum_by, target_logps
 from finetune_lab.methods.preference.optimum import kl_objective, kl_optimum, total_variation
 from finetune_lab.methods.preference.pairs import (
     bradley_terry,
@@ -29,6 +29,6 @@ from finetune_lab.methods.preference.thumbs import kto_loss, kto_reference_point
 __all__ = [
     "IGNORE_INDEX", "SharedRows", "bradley_terry", "cdpo_loss", "dpo_loss", "hidden_logps", "hinge_loss",
     "implicit_rewards", "ipo_loss", "kl_objective", "kl_optimum", "kto_loss", "kto_reference_point", "orpo_loss",
-    "reward_accuracy", "reward_margins", "robust_dpo_loss", "sequence_logps", "shared_rows", "simpo_loss",
+    "reward_accuracy", "reward_margins", "robust_dpo_loss", "sequence_logps", "shared_rows", "simpo_loss", "sum_by",
     "target_logps", "total_variation",
 ]  # fmt: skip
