@@ -18,6 +18,7 @@ from finetune_lab.provenance import provenance
 BENCHES = {
     "distributed": "DDP, ZeRO-1 and FSDP2 in two processes: bytes each keeps, and the loss curve against one process",
     "dpo": "one DPO step: answers' tokens only, shared prompt, cheap reference, against TRL and full logits",
+    "dpo_effects": "beta, rate, losses, noisy labels, length, mistakes: replies won, KL, log-probabilities, forgetting, five seeds",
     "levers": "checkpointing, LoRA, DoRA and compile: bytes saved for work and time, on ten layers of SmolLM2-135M's shape",
     "lora": "LoRA and DoRA: time and memory against peft and against the frozen layer alone",
     "loss": "loss at labelled positions only: speed and memory against full logits and TRL's fused head",
