@@ -43,11 +43,13 @@ class DpoRecipe(Recipe):
         None, "text", "log-probabilities of the reference: at each step, or all before training (default: live; full: precomputed)",
         choices=("live", "precomputed"),
     )  # fmt: skip
+    epochs: float | None = setting(None, "number", "passes over the data, instead of steps (default: 1)", above=0)
     method: str | None = setting(None, "text", "what is trained (default: as in start, else lora)", choices=METHODS)
     rank: int | None = setting(None, "count", "rank r of the adapter (default: as in start, else 16)", least=1)
     targets: tuple[str, ...] | None = setting(
         None, "names", "layers with an adapter, by name, or all-linear (default: as in start, else all-linear)"
     )
+    EPOCHS = 1.0
 
     def __post_init__(self):
         place = runs.find_adapter(self.start) if isinstance(self.start, str) else None

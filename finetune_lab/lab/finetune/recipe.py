@@ -32,6 +32,8 @@ ELSEWHERE = {
     "lora_dropout": "dropout", "target_modules": "targets", "lora_target_modules": "targets", "base_model": "model",
     "model_name_or_path": "model", "dataset": "data", "train_file": "data", "output_dir": "out", "val_set_size": "hold_out",
     "neftune_noise_alpha": "neftune", "bf16": "precision", "fp16": "precision",
+    "loss_type": "loss", "pref_loss": "loss", "pref_beta": "beta", "dpo_beta": "beta", "ref_model": "start",
+    "adapter_name_or_path": "start", "precompute_ref_log_probs": "reference",
 }  # fmt: skip
 
 
@@ -85,6 +87,7 @@ class Recipe:
     test_items: int | None = setting(None, "count", "rows scored before and after; 0 scores nothing", least=0)
     seed: int = setting(0, "count", "seed of data order, adapter and dropout", least=0)
     out: str | None = setting(None, "text", "folder of the run (default: runs/NAME)")
+    EPOCHS = 3.0
 
     def __post_init__(self):
         for each in dataclasses.fields(self):
@@ -112,7 +115,7 @@ class Recipe:
             "out": f"runs/{self.name()}",
         }
         if self.steps is None and self.epochs is None:
-            fill |= {"steps": usual.steps} if self.task else {"epochs": 3.0}
+            fill |= {"steps": usual.steps} if self.task else {"epochs": self.EPOCHS}
         return dataclasses.replace(self, **{k: v for k, v in fill.items() if getattr(self, k) is None})
 
     def usual(self, tier: Tier) -> tiers.Recipe:

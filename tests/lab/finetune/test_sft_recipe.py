@@ -109,6 +109,7 @@ def test_a_recipe_survives_its_own_yaml(tmp_path_factory, lr, rank, dropout, tar
 
 def test_the_shipped_recipes_load():
     shipped = sorted((Path(__file__).resolve().parents[3] / "recipes").glob("*.yaml"))
+    shipped = [path for path in shipped if not path.stem.endswith("dpo")]
     names = [load(SftRecipe, path).completed(1e9).name() for path in shipped]
     assert names == ["sft-extract-smollm2-135m-lora", "sft-extract-tiny-lora", "sft-my_data-qwen3-0.6b-qlora"]
 
