@@ -62,11 +62,7 @@ def mean_of_means(seed: int, steps: int) -> list[float]:
 
 
 def half_precision(seed: int, steps: int) -> dict[str, float]:
-    """Shares of nonzero gradient entries that fp16 loses, before and after training, by the scale of the loss.
-
-    "cast": fp32 gradients rounded to fp16. "backward": the whole pass in fp16, so activations' gradients are lost, too:
-    the share of entries that are 0 in fp16 and not in fp32.
-    """
+    """`fp16_shares` of a batch of 16 before and after training, each at three scales of the loss."""
     items = tasks.load_task("answer", "train", ITEMS, seed)
     model, tokenizer = load("tiny", seed=seed)
     batch = train.collate(train.encode(tokenizer, items[:16]), tokenizer.pad_token_id)
@@ -74,22 +70,31 @@ def half_precision(seed: int, steps: int) -> dict[str, float]:
     for when in ("base", "tuned"):
         if when == "tuned":
             train.sft(model, tokenizer, items, steps=steps, batch_size=16, lr=5e-4, seed=seed)
-        exact = gradients(model, batch, 1.0)
+        exact = gradients(model, batch)
         for scale in (1, 2**10, 2**16):
-            lost = fp16_losses(exact, scale)
-            result |= {f"{when}, loss scale {scale}, cast: {what}": share for what, share in lost.items()}
-            half = load("tiny", dtype=torch.float16)[0]
-            half.load_state_dict(model.state_dict())
-            made = gradients(half, batch, scale)
-            counted = sum(int((e != 0).sum()) for e in exact)
-            zero = sum(int(((e != 0) & (h == 0)).sum()) for e, h in zip(exact, made, strict=True))
-            broken = sum(int((~h.isfinite()).sum()) for h in made)
-            result[f"{when}, loss scale {scale}, backward: zero"] = zero / counted
-            result[f"{when}, loss scale {scale}, backward: infinite"] = broken / counted
+            shares = fp16_shares(model, batch, exact, scale)
+            result |= {f"{when}, loss scale {scale}, {what}": share for what, share in shares.items()}
     return result
 
 
-def gradients(model, batch: dict, scale: float) -> list[torch.Tensor]:
+def fp16_shares(model, batch: dict, exact: list[torch.Tensor], scale: float) -> dict[str, float]:
+    """What fp16 does to the gradients of scale * loss: shares of those that are not 0 in `exact`, the fp32 ones.
+
+    "cast": fp32 gradients rounded to fp16. "backward": the whole pass in fp16, where activations' gradients round, too.
+    """
+    half = load("tiny", dtype=torch.float16)[0]
+    half.load_state_dict(model.state_dict())
+    made = gradients(half, batch, scale)
+    counted = sum(int((e != 0).sum()) for e in exact)
+    zero = sum(int(((e != 0) & (h == 0)).sum()) for e, h in zip(exact, made, strict=True))
+    broken = sum(int((~h.isfinite()).sum()) for h in made)
+    return {f"cast: {what}": share for what, share in fp16_losses(exact, scale).items()} | {
+        "backward: zero": zero / counted,
+        "backward: infinite": broken / counted,
+    }
+
+
+def gradients(model, batch: dict, scale: float = 1.0) -> list[torch.Tensor]:
     """Gradients of scale * loss at every parameter, in the model's dtype."""
     model.train()
     loss = model(**batch, use_cache=False).loss
