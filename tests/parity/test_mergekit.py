@@ -145,7 +145,7 @@ def test_given_mergekits_masks_dare_equals_mergekit(method, normalize, monkeypat
     parameters = {"weight": w, "density": density, "rescale": False, "normalize": normalize}
     wanted = theirs(method, base, tensors, parameters)
     pending = iter([m.flatten() for m in masks])
-    monkeypatch.setattr(stream, "random_keep", lambda keep, *_: keep.copy_(next(pending)))
+    monkeypatch.setattr(stream, "random_keep", lambda keep, *_: next(pending))
     assert worst(merge_tensor(method, base, tensors, parameters), wanted) <= 1e-6
 
 
@@ -153,7 +153,7 @@ def test_mergekit_rescales_by_the_l1_norm_and_we_like_the_paper_by_the_density(m
     base, other = models((300, 200), 2)
     tau, mask = other - base, keep_of(1)(torch.full((300, 200), 0.1))
     monkeypatch.setattr(torch, "bernoulli", keep_of(1))
-    monkeypatch.setattr(stream, "random_keep", lambda keep, *_: keep.copy_(mask.flatten()))
+    monkeypatch.setattr(stream, "random_keep", lambda keep, *_: mask.flatten())
     parameters = {"weight": [1.0], "density": [0.1]}
     ratio = tau.abs().sum() / (tau * mask).abs().sum()
     assert worst(theirs("dare_linear", base, [other], parameters), base + tau * mask * ratio) <= 1e-6
@@ -162,17 +162,21 @@ def test_mergekit_rescales_by_the_l1_norm_and_we_like_the_paper_by_the_density(m
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
-def test_dares_own_masks_have_mergekits_mean_and_spread(method):
-    """Over 240,000 entries, two models: each within 2 %."""
+def test_dares_own_masks_have_mergekits_mean_spread_and_zeros(method):
+    """20 merges of 240,000 entries each. Mean along the undropped merge: within 5 standard errors, 1.5 %.
+
+    The standard error of a ratio of two such means, at densities of 0.1 and 0.3, is 0.0132 / sqrt(20) by the variance
+    tau^2 (1 - density) / density of an entry.
+    """
     base, *tensors = models((600, 400))
     parameters = {"weight": [0.7, 0.3], "density": [0.1, 0.3]}
-    torch.manual_seed(0)
-    one = merge_tensor(method, base, tensors, parameters) - base
-    other = theirs(method, base, tensors, parameters) - base
     along = task_arithmetic([t - base for t in tensors], [0.7, 0.3])
-    assert ((one * along).sum() / (other * along).sum()).item() == pytest.approx(1, abs=0.02)
-    assert (one.std() / other.std()).item() == pytest.approx(1, abs=0.02)
-    assert (one == 0).float().mean().item() == pytest.approx((other == 0).float().mean().item(), abs=0.005)
+    torch.manual_seed(0)
+    one = torch.stack([merge_tensor(method, base, tensors, parameters) - base for _ in range(20)])
+    other = torch.stack([theirs(method, base, tensors, parameters) - base for _ in range(20)])
+    assert ((one * along).sum() / (other * along).sum()).item() == pytest.approx(1, abs=5 * 0.0132 / 20**0.5)
+    assert (one.std() / other.std()).item() == pytest.approx(1, abs=0.01)
+    assert (one == 0).float().mean().item() == pytest.approx((other == 0).float().mean().item(), abs=0.001)
 
 
 @pytest.mark.parametrize("method", METHODS)

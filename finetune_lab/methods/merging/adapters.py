@@ -33,7 +33,7 @@ def update(adapter: Adapter) -> Tensor:
 
 def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
     """The exact weighted sum of the updates as one adapter of rank sum_i r_i; its scaling is 1."""
-    weights = _weights(adapters, weights)
+    weights = per_adapter(adapters, weights)
     A = torch.cat([w * a.scaling * wide(a.A) for w, a in zip(weights, adapters, strict=True)])
     return Adapter(A, torch.cat([wide(a.B) for a in adapters], dim=1))
 
@@ -71,7 +71,7 @@ def linear_factors(adapters: Sequence[Adapter], weights: Sequence[float] | None 
     Cheap and of the old rank, but its update has the cross terms B_i A_j of adapters that never met. All ranks must
     be equal (ValueError). Exact only for one adapter.
     """
-    weights = _weights(adapters, weights)
+    weights = per_adapter(adapters, weights)
     if len({len(a.A) for a in adapters}) > 1:
         ranks = ", ".join(str(len(a.A)) for a in adapters)
         raise ValueError(f"ranks {ranks}: factors of unequal rank cannot be added, use concatenate or svd")
@@ -81,8 +81,8 @@ def linear_factors(adapters: Sequence[Adapter], weights: Sequence[float] | None 
     return Adapter(A, sum(root * wide(a.B) for root, a in zip(roots, adapters, strict=True)))
 
 
-def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> list[float]:
-    """One weight per adapter; the layers must have one size."""
+def per_adapter(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> list[float]:
+    """One weight per adapter (None: all 1). Raises ValueError for other counts, no adapters or layers of unequal size."""
     if not adapters:
         raise ValueError("no adapters were given: a merge needs at least one")
     sizes = {(a.B.shape[0], a.A.shape[1]) for a in adapters}

@@ -6,7 +6,7 @@ Formula of all but `linear` and `slerp`: theta = base + lambda * consensus_i(w_i
 sparsify is nothing (task arithmetic), TIES's trimming or DARE, and consensus a sum or TIES's election.
 Why it is fast: one chunk of every model stays in the processor's cache from the first operation to the last; trimming
 finds its threshold by counting (`select`) instead of sorting; comparisons write 0.0 and 1.0 into fp32 buffers, which
-vectorises where boolean masks do not; DARE draws 16 random bits for an entry.
+vectorises where boolean masks do not; DARE draws 8 random bits for an entry.
 Leaves out: reading and writing files (`lab.merging`), fp64 (computed in fp32), `rescale` for TIES.
 In production: mergekit, which merges whole tensors in the dtype of the model.
 """
@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Generator, Tensor
 
+from finetune_lab.methods.merging.dare import BLOCK, random_keep
 from finetune_lab.methods.merging.linear import arc
 from finetune_lab.methods.merging.select import Cut
 
-CHUNK = 2**18  # entries: 1 MiB in fp32, so that a handful of buffers stays in the last-level cache
+CHUNK = 2**18  # entries, whole BLOCKs: 1 MiB in fp32, so that a handful of buffers stays in the last-level cache
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
-Sparsify = Callable[[Tensor, Tensor], Tensor]  # (chunk of a task vector, scratch) -> the chunk, changed in place
+Sparsify = Callable[[Tensor, Tensor], Tensor]  # (chunk of a task vector, a buffer) -> the chunk, changed in place
 
 
 @torch.no_grad()
@@ -61,11 +62,15 @@ def merge_tensor(
     weights = _per_model(parameters.get("weight", 1.0), models, "weight")
     if method == "linear":
         _linear(models, weights, parameters.get("normalize", True), target)
+        return out
+    flat = base.reshape(-1)
+    sparsify, scales = _sparsifiers(method, flat, models, parameters, generator)
+    normalize, lam = parameters.get("normalize", method == "ties"), parameters.get("lambda", 1.0)
+    if method.endswith("ties"):
+        _elect(flat, models, weights, scales, sparsify, normalize, lam, target)
     else:
-        sparsify = _sparsifiers(method, base.reshape(-1), models, parameters, generator)
-        normalize = parameters.get("normalize", method == "ties")
-        scale = parameters.get("lambda", 1.0)
-        _task_vectors(base.reshape(-1), models, weights, sparsify, method.endswith("ties"), normalize, scale, target)
+        total = sum(weights) if normalize and abs(sum(weights)) >= 1e-8 else 1.0
+        _add(flat, models, [lam / total * w * s for w, s in zip(weights, scales, strict=True)], sparsify, target)
     return out
 
 
@@ -93,35 +98,40 @@ def _slerp(a: Tensor, b: Tensor, t: float, out: Tensor) -> None:
         out[i : i + CHUNK].copy_(_read(a, i, x).mul_(from_a).add_(_read(b, i, y), alpha=from_b))
 
 
-def _task_vectors(
+def _add(base: Tensor, models: list[Tensor], factors: list[float], sparsify: list[Sparsify], out: Tensor) -> None:
+    """base + the sum of the sparse task vectors, each times its factor."""
+    theta, merged, tau, buffer = _buffers(4, len(out))
+    for i in range(0, len(out), CHUNK):
+        origin = _read(base, i, theta)
+        total = merged[: len(origin)].copy_(origin)
+        for model, factor, keep in zip(models, factors, sparsify, strict=True):
+            total.add_(keep(_read(model, i, tau).sub_(origin), buffer), alpha=factor)
+        out[i : i + CHUNK].copy_(total)
+
+
+def _elect(
     base: Tensor,
     models: list[Tensor],
     weights: list[float],
+    scales: list[float],
     sparsify: list[Sparsify],
-    elect: bool,
     normalize: bool,
-    scale: float,
+    lam: float,
     out: Tensor,
 ) -> None:
-    """base + scale * the sum of the weighted, sparse task vectors, or what TIES elects of them."""
-    total = sum(weights)
-    total = total if abs(total) >= 1e-8 else 1.0
-    theta, mixed, divisor, sign, scratch, *taus = _buffers(5 + (len(models) if elect else 1), len(out))
+    """base + lam * what TIES elects among the sparse, weighted task vectors."""
+    theta, mixed, divisor, sign, buffer, *taus = _buffers(5 + len(models), len(out))
     for i in range(0, len(out), CHUNK):
         origin = _read(base, i, theta)
         n = len(origin)
         mixed[:n].zero_()
-        for m, (model, w) in enumerate(zip(models, weights, strict=True)):
-            tau = _read(model, i, taus[m if elect else 0]).sub_(origin)
-            mixed[:n].add_(sparsify[m](tau, scratch[:n]).mul_(w))
-        if elect:
-            torch.ge(mixed[:n], 0, out=sign[:n]).mul_(2).sub_(1)  # +1 where the sum is 0 or more, else -1
-            _disjoint([tau[:n] for tau in taus], weights, sign[:n], mixed[:n], divisor[:n], scratch[:n])
-            if normalize:
-                mixed[:n].div_(divisor[:n].add_(torch.eq(divisor[:n], 0, out=scratch[:n])))
-        elif normalize:
-            mixed[:n].div_(total)
-        out[i : i + CHUNK].copy_(origin.add_(mixed[:n], alpha=scale))
+        for tau, model, w, s, keep in zip(taus, models, weights, scales, sparsify, strict=True):
+            mixed[:n].add_(keep(_read(model, i, tau).sub_(origin), buffer).mul_(w * s))
+        torch.ge(mixed[:n], 0, out=sign[:n]).mul_(2).sub_(1)  # +1 where the sum is 0 or more, else -1
+        _disjoint([tau[:n] for tau in taus], weights, sign[:n], mixed[:n], divisor[:n], buffer[:n])
+        if normalize:
+            mixed[:n].div_(divisor[:n].add_(torch.eq(divisor[:n], 0, out=buffer[:n])))
+        out[i : i + CHUNK].copy_(origin.add_(mixed[:n], alpha=lam))
 
 
 def _disjoint(
@@ -138,24 +148,30 @@ def _disjoint(
 
 def _sparsifiers(
     method: str, base: Tensor, models: list[Tensor], parameters: dict, generator: Generator | None
-) -> list[Sparsify]:
-    densities = _per_model(parameters.get("density", 1.0), models, "density")
+) -> tuple[list[Sparsify], list[float]]:
+    """What thins out each task vector, and the factor that makes up for it (DARE's 1 / density)."""
+    ones = [1.0] * len(models)
     if method == "task_arithmetic":
-        return [_keep_all] * len(models)
+        return [_keep_all] * len(models), ones
+    densities = _per_model(parameters.get("density", 1.0), models, "density")
     if not all(0 <= density <= 1 for density in densities):
         raise ValueError(f"density is {densities}, expected shares from 0 to 1 (20 % is 0.2)")
     if method == "ties":
         if parameters.get("rescale", False):
             raise ValueError("rescale: true is for dare_linear and dare_ties; TIES keeps its values, leave it out")
-        return [_trim(base, model, density) for model, density in zip(models, densities, strict=True)]
-    return [_drop(density, parameters.get("rescale", True), generator) for density in densities]
+        return [_trim(base, model, density) for model, density in zip(models, densities, strict=True)], ones
+    bits = torch.empty(CHUNK // 8, dtype=torch.int64)
+    scales = [1 / density if density else 1.0 for density in densities]
+    return [_drop(density, generator, bits) for density in densities], scales if parameters.get(
+        "rescale", True
+    ) else ones
 
 
-def _keep_all(tau: Tensor, scratch: Tensor) -> Tensor:
+def _keep_all(tau: Tensor, buffer: Tensor) -> Tensor:
     return tau
 
 
-def _drop_all(tau: Tensor, scratch: Tensor) -> Tensor:
+def _drop_all(tau: Tensor, buffer: Tensor) -> Tensor:
     return tau.zero_()
 
 
@@ -169,38 +185,27 @@ def _trim(base: Tensor, model: Tensor, density: float) -> Sparsify:
         for i in range(0, len(base), CHUNK):
             yield _read(model, i, tau).sub_(_read(base, i, theta))
 
-    return Cut(chunks, max(1, int(density * len(base))))
+    cut = Cut(chunks, max(1, int(density * len(base))))
+    return lambda tau, buffer: cut(tau, buffer[: len(tau)])
 
 
-def _drop(density: float, rescale: bool, generator: Generator | None) -> Sparsify:
-    """DARE: every entry stays with probability `density`; then it is divided by it."""
+def _drop(density: float, generator: Generator | None, bits: Tensor) -> Sparsify:
+    """DARE's dropping: every entry stays with probability `density`."""
     if density in (0, 1):
         return _keep_all if density else _drop_all
-    draws = torch.empty(CHUNK // 4, dtype=torch.int64)
 
-    def sparsify(tau: Tensor, scratch: Tensor) -> Tensor:
-        keep = random_keep(scratch, density, generator, draws)
-        return tau.mul_(keep).mul_(1 / density if rescale else 1.0)
+    def sparsify(tau: Tensor, buffer: Tensor) -> Tensor:
+        return tau.mul_(random_keep(buffer[: _whole_blocks(len(tau))], density, generator, bits)[: len(tau)])
 
     return sparsify
 
 
-def random_keep(keep: Tensor, density: float, generator: Generator | None, draws: Tensor) -> Tensor:
-    """Fill the fp32 buffer `keep` with 1.0, with probability `density` each, and 0.0.
-
-    A 64-bit random number decides about four entries, 16 bits each. 65536 * density is rounded up or down at random,
-    anew at every call, so that each entry's probability is exact. draws: int64, at least len(keep) / 4.
-    """
-    level = 2**16 * density
-    level = int(level) + (torch.rand((), generator=generator).item() < level % 1)
-    if level == 0:
-        return keep.zero_()
-    bits = draws[: -(-len(keep) // 4)].random_(-(2**63), None, generator=generator).view(torch.int16)[: len(keep)]
-    return torch.le(bits, level - 1 - 2**15, out=keep)  # `level` of the 2^16 values of an int16 are this small
+def _whole_blocks(entries: int) -> int:
+    return -(-entries // BLOCK) * BLOCK
 
 
 def _buffers(count: int, entries: int) -> Tensor:
-    return torch.empty(count, min(CHUNK, entries))
+    return torch.empty(count, min(CHUNK, _whole_blocks(entries)))
 
 
 def _read(tensor: Tensor, start: int, buffer: Tensor) -> Tensor:

@@ -24,11 +24,17 @@ def trim(task_vector: Tensor, density: float) -> Tensor:
 
     int(density * n) entries stay; of equal magnitudes, those that come first in memory (libraries leave that open).
     """
-    return keep_largest(task_vector, int(_share(density) * task_vector.numel()))
+    if not 0 < density <= 1:
+        raise ValueError(f"density is {density}, expected a share above 0 and at most 1 (20 % is 0.2)")
+    k = int(density * task_vector.numel())
+    kept = task_vector.abs().flatten().argsort(descending=True, stable=True)[:k]
+    mask = torch.zeros(task_vector.numel(), dtype=torch.bool, device=task_vector.device)
+    mask[kept] = True
+    return task_vector * mask.view_as(task_vector)
 
 
 def keep_largest(task_vector: Tensor, k: int) -> Tensor:
-    """The k entries of largest magnitude, zero elsewhere; of equal magnitudes, those that come first in memory."""
+    """The same entries as `trim` for a given number of them, several times faster: it sorts no more than it must."""
     if k == 0:
         return torch.zeros_like(task_vector)
     magnitude = task_vector.abs().flatten()
@@ -38,22 +44,21 @@ def keep_largest(task_vector: Tensor, k: int) -> Tensor:
     return task_vector * keep.view_as(task_vector)
 
 
-def elect_sign(task_vectors: Sequence[Tensor] | Tensor) -> Tensor:
+def elect_sign(task_vectors: Tensor) -> Tensor:
     """The sign of each entry's SUM over the models: +1 or -1, never a count of votes; a sum of 0 elects plus.
 
     task_vectors: (models, ...), trimmed. One large change outvotes two small ones: (1.0, -0.3, -0.3) elects plus.
     """
-    return torch.where(_stack(task_vectors).sum(0) >= 0, 1, -1)
+    return torch.where(task_vectors.sum(0) >= 0, 1, -1)
 
 
-def disjoint_mean(task_vectors: Sequence[Tensor] | Tensor, sign: Tensor) -> Tensor:
+def disjoint_mean(task_vectors: Tensor, sign: Tensor) -> Tensor:
     """Mean over the models that agree with the elected sign, entry by entry; 0 where none does.
 
     task_vectors: (models, ...); a trimmed (zero) entry agrees with nobody and is not counted.
     """
-    stacked = _stack(task_vectors)
-    agrees = stacked.sign() == sign
-    return (stacked * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+    agrees = task_vectors.sign() == sign
+    return (task_vectors * agrees).sum(0) / agrees.sum(0).clamp(min=1)
 
 
 def ties_merge(task_vectors: Sequence[Tensor], density: float) -> Tensor:
@@ -77,8 +82,10 @@ def ties(
         mergekit sign of sum w_t tau^_t;  sum w_t tau^_t / sum of these w_t   mergekit's `ties`; at least one is kept
     Raises ValueError for another convention, a density outside (0, 1], or weights with the paper's convention.
     """
+    if not 0 < density <= 1:
+        raise ValueError(f"density is {density}, expected a share above 0 and at most 1 (20 % is 0.2)")
     n = task_vectors[0].numel() if len(task_vectors) else 0
-    k = int(_share(density) * n)
+    k = int(density * n)
     k = max(1, k) if convention == "mergekit" and n else k
     return consensus([keep_largest(wide(tau), k) for tau in task_vectors], weights, convention)
 
@@ -114,16 +121,6 @@ CONVENTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"paper": _paper, "
 
 def sign_conflicts(task_vectors: Sequence[Tensor] | Tensor) -> float:
     """Share of the changed entries that one model moves up and another down; nan where nothing changed."""
-    stacked = _stack(task_vectors)
+    stacked = torch.stack(list(task_vectors))
     up, down = (stacked > 0).any(0), (stacked < 0).any(0)
     return ((up & down).sum() / (up | down).sum()).item()
-
-
-def _stack(task_vectors: Sequence[Tensor] | Tensor) -> Tensor:
-    return task_vectors if isinstance(task_vectors, Tensor) else torch.stack(list(task_vectors))
-
-
-def _share(density: float) -> float:
-    if not 0 < density <= 1:
-        raise ValueError(f"density is {density}, expected a share above 0 and at most 1 (20 % is 0.2)")
-    return density

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_lab.methods.merging import disjoint_mean, elect_sign, sign_conflicts, ties, ties_merge, trim
-from finetune_lab.methods.merging.ties import CONVENTIONS
+from finetune_lab.methods.merging.ties import CONVENTIONS, keep_largest
 
 each_convention = pytest.mark.parametrize("convention", CONVENTIONS)
 
@@ -78,8 +78,8 @@ def test_for_unequal_weights_ties_is_three_algorithms():
 
 
 def test_the_sign_is_elected_by_total_not_by_count():
-    tau = [torch.tensor([x]) for x in (1.0, -0.3, -0.3)]
-    assert elect_sign(tau).item() == 1 and ties_merge(tau, 1.0).item() == 1.0
+    tau = torch.tensor([[1.0], [-0.3], [-0.3]])
+    assert elect_sign(tau).item() == 1 and ties_merge(list(tau), 1.0).item() == 1.0
 
 
 def test_two_models_that_cancel_exactly_elect_plus():
@@ -87,13 +87,13 @@ def test_two_models_that_cancel_exactly_elect_plus():
 
 
 def test_only_entries_that_agree_are_averaged():
-    tau = [torch.tensor([x]) for x in (4.0, 2.0, -1.0)]
+    tau = torch.tensor([[4.0], [2.0], [-1.0]])
     assert disjoint_mean(tau, torch.tensor([1])).item() == 3.0
     assert disjoint_mean(tau, torch.tensor([-1])).item() == -1.0
 
 
 def test_a_trimmed_entry_is_not_counted_in_the_mean():
-    assert disjoint_mean([torch.tensor([4.0]), torch.tensor([0.0])], torch.tensor([1])).item() == 4.0
+    assert disjoint_mean(torch.tensor([[4.0], [0.0]]), torch.tensor([1])).item() == 4.0
 
 
 def test_trim_keeps_signs_and_the_largest_share():
@@ -112,6 +112,7 @@ def test_trim_keeps_exactly_its_share_of_the_largest(values, density):
     trimmed = trim(x, density)
     assert torch.equal(trimmed.abs().sort(descending=True).values[:k], x.abs().sort(descending=True).values[:k])
     assert (trimmed != 0).sum() <= k and torch.equal(trimmed[trimmed != 0], x[trimmed != 0])
+    assert torch.equal(keep_largest(x, k), trimmed)  # the faster form, equal magnitudes included
 
 
 @each_convention
