@@ -19,6 +19,7 @@ from transformers import (
     DataCollatorForLanguageModeling,
     LlamaConfig,
     LlamaForCausalLM,
+    Trainer,
     TrainingArguments,
     get_linear_schedule_with_warmup,
 )
@@ -117,6 +118,21 @@ def test_nan_fp16_overflow():
     for dtype, finite in ((torch.float16, False), (torch.bfloat16, True), (torch.float32, True)):
         scores = (x.to(dtype) ** 2).log_softmax(-1)
         assert scores.isfinite().all().item() is finite
+
+
+def test_loss_logged_as_zero(tmp_path):
+    good, empty = ({"input_ids": [1, 2, 3], "labels": labels} for labels in ([1, 2, 3], [-100] * 3))
+    logged = {}
+    for hidden in (True, False):
+        args = TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1, save_strategy="no", max_steps=3,
+            per_device_train_batch_size=1, train_sampling_strategy="sequential", logging_nan_inf_filter=hidden,
+        )  # fmt: skip
+        trainer = Trainer(llama(), args, train_dataset=[good, empty, good])
+        trainer.train()
+        logged[hidden] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert logged[True][1] == 0.0 and min(logged[True][::2]) > 1
+    assert math.isnan(logged[False][1])
 
 
 def test_loss_flat_bf16_weights():
