@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -209,7 +210,7 @@ def _reading(name: str, reader, *args, **kwargs):
     """Call a transformers loader; turn what it raises into one sentence."""
     try:
         return reader(*args, **kwargs)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, StrictDataclassError) as error:
         if isinstance(error, UserError):
             raise
         if "trust_remote_code" in str(error):

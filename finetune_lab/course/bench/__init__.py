@@ -25,6 +25,7 @@ BENCHES = {
     "lora_effects": "rank, alpha, rate, targets, LoRA+, DoRA, full fine-tuning: learning, forgetting, spectra, five seeds",
     "merge": "finetune-lab merge against mergekit and a plain copy: GB/s of a core, peak memory, equal results",
     "merge_effects": "what merges keep of three skills: methods, scale, density, drop rate, bases, adapters, five seeds",
+    "merge_smollm2": "two real LoRA runs of SmolLM2-135M, merged by the command: what each merge keeps of both skills",
     "masking": "right labels against every token, and against masked ends of turn: what each teaches, five seeds",
     "nf4": "NF4 against bitsandbytes on the CPU: speed, bits, errors of formats, block sizes and code books, faults",
     "packing": "packing against padding: token efficiency, step time, contamination; ours against TRL and transformers",

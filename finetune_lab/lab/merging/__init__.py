@@ -4,6 +4,7 @@
 refuse what cannot be, `run` and `write` do it, `card` tells people. The arithmetic is `methods.merging.merge_tensor`.
 """
 
+from finetune_lab.lab.merging.layout import Plan
 from finetune_lab.lab.merging.run import carry_out, describe, merge, plan
 
-__all__ = ["carry_out", "describe", "merge", "plan"]
+__all__ = ["Plan", "carry_out", "describe", "merge", "plan"]

@@ -4,25 +4,27 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from finetune_lab import __version__
 from finetune_lab.lab.hub import looks_like_id
 from finetune_lab.lab.merging.checkpoint import Checkpoint
 from finetune_lab.lab.merging.layout import Plan
 from finetune_lab.lab.merging.parameters import METHODS
-from finetune_lab.provenance import versions
 
 
 def card(plan: Plan, name: str, seed: int) -> str:
     """The card as Markdown, with the header that the hub reads."""
     config, method = plan.config, METHODS[plan.config.method]
-    bases = [model.name for model in plan.models.values() if looks_like_id(model.name)]  # what the hub can look up
+    names = [model.name for model in plan.models.values()]
+    bases = [name for name in names if looks_like_id(name) and not Path(name).exists()]  # what the hub can look up
     head = ["---", *(["base_model:", *(f"- {base}" for base in bases)] if bases else []), "library_name: transformers"]
     head += ["tags:", "- merge", "- finetune-lab", "---"]
     paper = f" ([arXiv {method.arxiv}](https://arxiv.org/abs/{method.arxiv}))" if method.arxiv else ""
-    drawn = f" Random choices: seed {seed}." if config.method.startswith("dare") else ""
-    used = versions()
+    drawn = f" Entries are dropped at random, with seed {seed}." if config.method.startswith("dare") else ""
     out = [*head, "", f"# {name}", ""]
     out += [f"{len(plan.models)} models merged by {method.title}{paper}, without training.{drawn}", ""]
-    out += ["| model | place | parameters | stored as | from |", "| --- | --- | --- | --- | --- |"]
+    out += ["| model | role | parameters | stored as | from |", "| --- | --- | --- | --- | --- |"]
     out += [_row(plan, model) for model in plan.models.values()]
     out += ["", "## Recipe", "", *_fenced(config.text.strip(), "yaml"), ""]
     out += [
@@ -31,7 +33,7 @@ def card(plan: Plan, name: str, seed: int) -> str:
     ]
     if plan.warnings:
         out += ["## Warnings of the check", "", *(f"- {warning}" for warning in plan.warnings), ""]
-    made = f"finetune-lab {used['finetune-lab']}, torch {used['torch']}; arithmetic in fp32, rounded once"
+    made = f"finetune-lab {__version__}, torch {torch.__version__}; arithmetic in fp32, rounded once"
     out += ["## Made by", "", f"{made} to {str(plan.tensors[0].dtype).removeprefix('torch.')}.", ""]
     return "\n".join(out)
 
@@ -55,7 +57,8 @@ def provenance_of(model: Checkpoint) -> str:
 
 
 def _row(plan: Plan, model: Checkpoint) -> str:
-    role = "base" if model.name == plan.config.base else "adapter" if model.adapter_folder else "model"
+    role = "base" if model.name == plan.config.base else "model"
+    role += f", adapter of {model.on}" if model.on else ""
     count = sum(t.nbytes // t.dtype.itemsize for t in model.tensors.values())
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in model.tensors.values()})
     size = f"{model.bytes / 1e9:.2f} GB, {', '.join(dtypes)}"

@@ -55,12 +55,13 @@ class Stored:
 
 @dataclass
 class Checkpoint:
-    """One model of a merge. adapter: layers of an adapter by the name of the weight that they change."""
+    """One model of a merge. on: the name of the model that an adapter changes; adapter: its layers by weight."""
 
     name: str
     folder: Path
     config: dict
     tensors: dict[str, Stored]
+    on: str | None = None
     adapter_folder: Path | None = None
     adapter: dict[str, LoRALinear] = field(default_factory=dict)
 
@@ -108,7 +109,7 @@ def open_model(name: str) -> Checkpoint:
         tensors |= read_header(folder / file)
     source = Checkpoint(name, folder, config, tensors)
     if adapter is not None:
-        source.adapter_folder = adapter
+        source.on, source.adapter_folder = base, adapter
         source.adapter = _adapter(adapter, source)
     return source
 
