@@ -139,6 +139,7 @@ def sft(
     batch_size: sequences in memory at a time; a step takes `accumulation` such micro batches. Its loss is the mean over
     the labelled tokens of all of them, never the mean of their means. schedule: from `methods.schedules`.
     clip: largest norm of all gradients together, math.inf for no clipping. weight_decay: on matrices only.
+    order: which items a step sees. collator(rows, pad): the tensors of one micro batch, labels among them.
     groups: AdamW's parameter groups, each with its own peak lr (LoRA+); the same warm-up and decay for all.
     on_step(step, loss) is called after each step, for bars and live curves.
     """

@@ -75,13 +75,13 @@ RANK, ITEMS, SAMPLES = 16, 500, 640
 SETTINGS = [
     *(replace(FULL, lr=lr) for lr in (6.25e-5, 2.5e-4, 1e-3, 4e-3, 1.6e-2)),
     *(replace(LORA, lr=lr) for lr in (5e-4, 2e-3, 8e-3, 3.2e-2)),
-    *(replace(LORA, noise=alpha) for alpha in (5, 15)),
-    replace(FULL, noise=5),
+    *(replace(setting, noise=alpha) for setting in (LORA, FULL) for alpha in (5, 15)),
     *(replace(HIGH, warmup=warmup) for warmup in (0, 0.5)),
-    replace(FULL, warmup=1),
+    *(replace(FULL, warmup=warmup) for warmup in (0, 0.5, 1)),
     *(replace(FULL, schedule=name) for name in ("constant", "cosine")),
-    replace(HIGH, clip=math.inf),
+    *(replace(HIGH, clip=clip) for clip in (math.inf, 0.1)),
     *(replace(FULL, decay=decay) for decay in (0.1, 10)),
+    replace(LORA, decay=10),
     *(replace(FULL, batch=batch) for batch in (4, 64)),
 ]
 EPOCHS = (1, 2, 5, 10, 20)
@@ -178,9 +178,8 @@ def jobs(quick: bool) -> dict[str, Callable[[int], dict[str, float]]]:
         }
 
     return {
-        **{setting.label: run_of(setting) for setting in settings[:9]},
+        **{setting.label: run_of(setting) for setting in settings},
         **{f"few {kind}": few_of(kind) for kind in TASK},
-        **{setting.label: run_of(setting) for setting in settings[9:]},
         "once": lambda seed: each_seen_once(seed, 32 if quick else 480, test_items),
         "curves": lambda seed: micro_batches.curves_against_whole_batch(seed, 4 if quick else 30),
         "fp16": lambda seed: micro_batches.half_precision(seed, 4 if quick else 40),
