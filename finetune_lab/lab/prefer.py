@@ -192,6 +192,11 @@ def _reference(
 ) -> Callable[[Sequence[int]], Tensor]:
     """A function from indices of `rows` to the reference's log-probabilities of them, without gradient."""
     if isinstance(reference, Tensor):
+        if reference.shape[-1] != len(rows):
+            raise UserError(
+                f"the reference holds log-probabilities of {reference.shape[-1]} pairs, but there are {len(rows)}: "
+                "make it from the same pairs (pair_logps_of)"
+            )
         return lambda chosen: reference[..., list(chosen)]
     if isinstance(reference, str) and reference == "precomputed":
         used = list(range(len(rows))) if used is None else used
