@@ -33,7 +33,7 @@ def worst(a, b):
 
 
 CASES = {
-    "linear": [{"weight": [0.7, 0.3, 0.5]}, {"weight": [2.0, -0.5, 0.1]}, {"weight": [0.7, 0.3, 0.5], "normalize": False}],
+    "linear": [{"weight": [0.7, 0.3, 0.5]}, {"weight": [2.0, -0.5, 0.1]}, {"weight": [0.7, 0.3, 0.5], "normalize": False}, {"weight": [0.7, 0.3]}],
     "slerp": [{"t": t} for t in (0.0, 0.3, 0.5, 1.0)],
     "task_arithmetic": [
         {"weight": [0.7, 0.3, -0.5]},
@@ -55,8 +55,8 @@ EACH = pytest.mark.parametrize(("method", "number"), [(m, i) for m, cases in CAS
 @pytest.mark.parametrize("shape", [(7,), (64, 33), (3, 5, 11)])
 def test_the_streaming_form_equals_mergekit(method, number, shape, monkeypatch):
     monkeypatch.setattr(stream, "CHUNK", 100)
-    base, *tensors = models(shape, 2 if method == "slerp" else 4)
     parameters = CASES[method][number]
+    base, *tensors = models(shape, 1 + len(parameters.get("weight", [1.0])))
     ours = merge_tensor(method, None if method == "linear" else base, tensors, parameters)
     assert worst(ours, theirs(method, base, tensors, parameters)) <= 1e-6
 
@@ -159,6 +159,16 @@ def test_mergekit_rescales_by_the_l1_norm_and_we_like_the_paper_by_the_density(m
     assert worst(theirs("dare_linear", base, [other], parameters), base + tau * mask * ratio) <= 1e-6
     assert worst(merge_tensor("dare_linear", base, [other], parameters), base + tau * mask / 0.1) <= 1e-6
     assert ratio.item() == pytest.approx(10, rel=0.03)
+
+
+def test_mergekits_rescaling_is_biased_for_a_small_tensor_and_ours_is_not():
+    """A tensor of one entry: its L1 ratio is 1, so that mergekit's mean of 2,000 merges is density * tau = 0.3, not 1."""
+    base, other, parameters = torch.zeros(1), torch.ones(1), {"weight": [1.0], "density": [0.3]}
+    torch.manual_seed(0)
+    mean = sum(theirs("dare_linear", base, [other], parameters) for _ in range(2000)).item() / 2000
+    ours = sum(merge_tensor("dare_linear", base, [other], parameters) for _ in range(2000)).item() / 2000
+    spread = (0.3 * 0.7 / 2000) ** 0.5
+    assert abs(mean - 0.3) < 5 * spread and abs(ours - 1) < 5 * spread / 0.3
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])

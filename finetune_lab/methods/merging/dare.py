@@ -58,7 +58,7 @@ def dare_ties(
 
 
 def random_keep(keep: Tensor, density: float, generator: Generator | None, bits: Tensor) -> Tensor:
-    """The fast mask of `stream`: fill the fp32 buffer `keep`, whole BLOCKs, with 1.0, with probability `density` each, and 0.0.
+    """The fast mask of `stream`: the fp32 buffer `keep`, whole BLOCKs, gets 1.0 with probability `density`, else 0.0.
 
     Eight random bits decide about an entry: the rarer outcome is theirs if they exceed a threshold. 256 times its
     probability is rounded to a whole number up or down at random, for every block anew, so that the probability of

@@ -78,6 +78,9 @@ def _linear(models: list[Tensor], weights: list[float], normalize: bool, out: Te
     total = sum(weights) if normalize else 1.0
     if total == 0:
         raise ValueError(f"the weights {weights} add up to 0: they cannot be normalised, set normalize: false")
+    if normalize and len(models) == 2 and models[0].dtype == models[1].dtype == out.dtype:
+        torch.lerp(*models, weights[1] / total, out=out)  # one pass, fp32 inside, rounded once
+        return
     x, y = _buffers(2, len(out))
     for i in range(0, len(out), CHUNK):
         merged = _read(models[0], i, x).mul_(weights[0] / total)

@@ -144,6 +144,24 @@ def test_a_model_merged_with_itself_stays_what_it_is(method):
     torch.testing.assert_close(merged, base, rtol=0, atol=1e-6)
 
 
+@settings(deadline=None, max_examples=40)
+@given(w=st.floats(-1, 2), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_two_models_of_one_dtype_take_a_shorter_way_to_the_same_mean(w, dtype):
+    a, b = models(20, 30, count=2, dtype=dtype)
+    merged = merge_tensor("linear", None, [a, b], {"weight": [1 - w, w]})
+    exact = (1 - w) * a.double() + w * b.double()
+    torch.testing.assert_close(merged.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert torch.equal(merge_tensor("linear", None, [a, a], {"weight": [1 - w, w]}), a)
+
+
+@pytest.mark.parametrize("method", NEEDS_BASE[1:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_that_no_model_changed_comes_out_bit_for_bit(method, dtype):
+    """Most tensors of a LoRA fine-tune: a sum (1 - w) base + w base would not give back `base` in fp32."""
+    base = models(20, 30, dtype=dtype)[0]
+    assert torch.equal(run(method, base, [base.clone() for _ in range(3)]), base)
+
+
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
 def test_the_order_of_the_models_does_not_matter(method):
     base, *tensors = models(20, 30)
