@@ -1,6 +1,6 @@
 """Formulas of losses, merges and scores at a single point, for checking by hand what the tensor versions compute.
 
-Papers: DPO 2305.18290, IPO 2310.12036, GRPO 2402.03300, rsLoRA 2312.03732, NEFTune 2310.05914, DARE 2311.03099,
+Papers: DPO 2305.18290, IPO 2310.12036, SimPO 2405.14734, KTO 2402.01306, GRPO 2402.03300, rsLoRA 2312.03732, NEFTune 2310.05914, DARE 2311.03099,
 TIES 2306.01708. Plain floats, no torch. Leaves out: batches, masks, gradients. In production: trl and mergekit.
 """
 
@@ -21,6 +21,31 @@ def dpo_loss(chosen_logratio: float, rejected_logratio: float, beta: float) -> f
 def ipo_loss(chosen_logratio: float, rejected_logratio: float, beta: float) -> float:
     """IPO eq. 17 with tau = beta: the squared distance of the difference of log-ratios from 1 / (2 beta)."""
     return (chosen_logratio - rejected_logratio - 1 / (2 * beta)) ** 2
+
+
+def simpo_loss(chosen_mean: float, rejected_mean: float, beta: float, gamma: float) -> float:
+    """SimPO eq. 6 from log-probabilities averaged over each answer's tokens; gamma stands outside beta."""
+    return pairwise_loss(beta * (chosen_mean - rejected_mean) - gamma)
+
+
+def kto_loss(logratio: float, z0: float, beta: float, good: bool) -> float:
+    """KTO of one answer with weights 1: 1 - sigmoid(beta (logratio - z0)) if good, 1 - sigmoid(beta (z0 - logratio)) if not."""
+    gain = beta * (logratio - z0 if good else z0 - logratio)
+    return 1 - math.exp(-pairwise_loss(gain))
+
+
+def noisy_margin(flipped: float, beta: float) -> float:
+    """Margin of log-ratios at which DPO's expected loss is least when a share `flipped`, in (0, 0.5), of labels is wrong."""
+    return math.log((1 - flipped) / flipped) / beta
+
+
+def least_kl(share: float, start: float) -> float:
+    """The least KL, in nats, at which a policy can have `share` good answers when the reference has `start`, in (0, 1).
+
+    Reached by moving probability from bad answers to good ones and nothing else (data processing inequality).
+    """
+    parts = ((share, start), (1 - share, 1 - start))
+    return sum(new * math.log(new / old) for new, old in parts if new > 0)
 
 
 def grpo_success_advantage(successes: int, group: int) -> float:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from finetune_lab.methods import scalars
+from finetune_lab.methods import preference, scalars
 
 
 @pytest.mark.parametrize("margin", [-800.0, -1.0, 0.0, 0.5, 800.0])
@@ -17,6 +17,28 @@ def test_pairwise_loss_is_minus_log_sigmoid_and_does_not_overflow(margin):
 def test_dpo_starts_at_ln_2_for_every_beta_and_can_fall_while_the_chosen_answer_loses():
     assert scalars.dpo_loss(0, 0, 0.1) == scalars.dpo_loss(-3, -3, 5.0) == pytest.approx(math.log(2))
     assert scalars.dpo_loss(-5, -20, 0.1) == pytest.approx(0.2014, abs=1e-4)
+
+
+def test_simpo_and_kto_at_a_point_are_the_tensor_losses():
+    chosen, rejected = torch.tensor([-0.4]), torch.tensor([-0.9])
+    expected = preference.simpo_loss(chosen, rejected, 2.5, 0.7)[0].item()
+    assert scalars.simpo_loss(-0.4, -0.9, 2.5, 0.7) == pytest.approx(expected, rel=1e-6)
+    for good in (True, False):
+        loss, _ = preference.kto_loss(torch.tensor([3.0]), torch.zeros(1), torch.tensor([good]), 0.5, 0.2)
+        assert scalars.kto_loss(3.0, 0.5, 0.2, good) == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_dpos_expected_loss_under_flips_is_least_at_the_noisy_margin():
+    def expected(margin, flipped=0.3, beta=0.5):
+        return (1 - flipped) * scalars.dpo_loss(margin, 0, beta) + flipped * scalars.dpo_loss(0, margin, beta)
+
+    best = scalars.noisy_margin(0.3, 0.5)
+    assert all(expected(best) < expected(best + d) for d in (-0.1, 0.1))
+
+
+def test_least_kl_is_zero_at_the_start_and_log_of_the_start_at_the_end():
+    assert scalars.least_kl(0.4, 0.4) == 0
+    assert scalars.least_kl(1.0, 0.4) == pytest.approx(-math.log(0.4))
 
 
 def test_reward_model_losses_of_the_first_margins():

@@ -28,7 +28,8 @@ HELP = "beta, rate, losses, noisy labels, length, mistakes: replies won, KL, log
 
 UNITS = {"KL": "nats", "chosen change": "nats", "rejected change": "nats", "words": "words",
          "training loss": "nats", "story perplexity": "perplexity"}  # fmt: skip
-PROMPTS, EACH = 50, 2  # held-out tickets, replies sampled to each
+PROMPTS, EACH = 40, 2  # held-out tickets, replies sampled to each
+BATCH = 6  # pairs a step
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Setting:
     only: str = "all"
     flipped: float = 0.0
     mistake: str = ""
-    steps: int = 24
+    steps: int = 16
 
     @property
     def label(self) -> str:
@@ -57,15 +58,17 @@ DPO = Setting()
 LONGER, SHORTER = "longer chosen", "shorter chosen"  # the chosen reply has more, or fewer, words
 SETTINGS = [
     Setting(steps=0),
-    *(replace(DPO, beta=beta) for beta in (1, 0.1, 10, 0.3)),
-    *(replace(DPO, beta=0.1, lr=lr) for lr in (3e-4, 3e-5)),
-    *(replace(DPO, loss=loss, beta=beta) for loss, beta in (("ipo", 1), ("kto", 1), ("simpo", 2), ("orpo", 1))),
-    *(replace(DPO, flipped=0.3, loss=loss, beta=beta) for loss, beta in
-      (("dpo", 1), ("ipo", 1), ("dpo", 0.1), ("cdpo", 0.1))),
-    *(replace(DPO, loss=loss, beta=beta, only=only) for loss, beta, only in
-      (("dpo", 0.1, SHORTER), ("simpo", 2, SHORTER), ("dpo", 0.1, LONGER))),
-    *(replace(DPO, mistake=what) for what in ("swapped", "identical", "no SFT", "forgotten")),
+    *(replace(DPO, beta=beta) for beta in (1, 0.1, 10)),
+    replace(DPO, beta=0.1, lr=3e-4),
+    *(replace(DPO, loss=loss, beta=beta) for loss, beta in (("kto", 1), ("simpo", 2), ("ipo", 1))),
+    *(replace(DPO, flipped=0.3, loss=loss) for loss in ("dpo", "ipo", "cdpo")),
+    replace(DPO, only=SHORTER),
+    *(replace(DPO, mistake=what) for what in ("swapped", "identical", "no SFT")),
+    replace(DPO, only=LONGER),
+    replace(DPO, loss="simpo", beta=2, only=SHORTER),
+    replace(DPO, loss="orpo"),
     replace(DPO, loss="simpo", beta=2, mistake="prompt counted"),
+    replace(DPO, mistake="forgotten"),
 ]  # fmt: skip
 
 
@@ -88,7 +91,7 @@ def clean_pairs(only: str, seed: int, n: int) -> list[dict]:
 @functools.cache
 def reference_of(only: str, seed: int, n: int, sft: bool) -> torch.Tensor:
     """Log-probabilities (2, n) of `clean_pairs` under the model that training starts from."""
-    model, tokenizer, *_ = start(seed, None if sft else 0)
+    model, tokenizer, *_ = start(seed, sft)
     return prefer.pair_logps_of(model, tokenizer, clean_pairs(only, seed, n))
 
 
@@ -98,13 +101,14 @@ def _words(item: dict) -> int:
 
 
 @functools.cache
-def start(seed: int, steps: int | None = None):
-    """The SFT model of a seed, with its tokenizer, its replies and its log-probabilities of held-out pairs."""
+def start(seed: int, sft: bool = True):
+    """The SFT model of a seed (the base model itself without `sft`), with its tokenizer, its replies and its log-probabilities of held-out pairs."""
     model, tokenizer = load("tiny", seed=seed)
     recipe = TINY.recipes["reply"]
     items = letters.old_letters(tasks.load_task("reply", "train", recipe.items, seed), seed=seed)
-    steps = recipe.steps if steps is None else steps
-    train.sft(model, tokenizer, items, steps=steps, batch_size=recipe.batch_size, lr=recipe.full_lr, seed=seed)
+    if sft:
+        how = {"steps": recipe.steps, "batch_size": recipe.batch_size, "lr": recipe.full_lr}
+        train.sft(model, tokenizer, items, seed=seed, **how)
     return model, tokenizer, *said_and_pairs(model, tokenizer, seed)
 
 
@@ -122,14 +126,14 @@ def forgotten(policy_chosen, policy_rejected, reference_chosen, reference_reject
 
 def trained(setting: Setting, seed: int, model, tokenizer) -> list[dict]:
     """Train `model` by `setting`, in place; the history of its loop."""
-    n = 8 * setting.steps
+    n = BATCH * setting.steps
     pairs, flips = pairs_of(setting, seed, n)
     how = {"steps": setting.steps, "lr": setting.lr, "beta": setting.beta, "seed": seed, "warmup": 3}
     if setting.loss == "kto":
         thumbs = as_thumbs(pairs)
         thumbs = random.Random(seed).sample(thumbs, len(thumbs) // 2)  # half of the answers: most lose their partner
-        return prefer.kto(model, tokenizer, thumbs, batch_size=8, **how)
-    how |= {"batch_size": 8, "epsilon": setting.flipped, "logps": shared_pair_logps}
+        return prefer.kto(model, tokenizer, thumbs, batch_size=BATCH, **how)
+    how |= {"batch_size": BATCH, "epsilon": setting.flipped, "logps": shared_pair_logps}
     if setting.mistake == "prompt counted":
         how |= {"mask": "all", "logps": prefer.pair_logps}
     elif setting.mistake == "identical":
@@ -150,7 +154,7 @@ def most_common_opening(said: list[list[str]]) -> float:
 @functools.cache
 def one_run(setting: Setting, seed: int) -> dict[str, float]:
     """Train once; what the policy says then, how far it moved, what it finds likely, what it forgot."""
-    begun, tokenizer, said_before, logps_before = start(seed, 0 if setting.mistake == "no SFT" else None)
+    begun, tokenizer, said_before, logps_before = start(seed, setting.mistake != "no SFT")
     model = copy.deepcopy(begun)
     history = trained(setting, seed, model, tokenizer) if setting.steps else []
     tested = tasks.load_task("reply", "test", PROMPTS)
@@ -158,7 +162,7 @@ def one_run(setting: Setting, seed: int) -> dict[str, float]:
     rewards = preference.implicit_rewards(logps, logps_before, setting.beta)
     change = (logps - logps_before).mean(1)
     prompts = [item["prompt"] for item in tested]
-    known = general(model, tokenizer, 40)
+    known = general(model, tokenizer, 30)
     return {
         "good": letters.good_share(said, tested),
         "win rate": letters.win_rate(said, said_before, tested),

@@ -1,6 +1,6 @@
 """The hidden tests of the code drills: cases, known-wrong answers, and the hint for each of them.
 
-`exercises.py` keeps them, apart from the lessons' registry; those of lessons 01, 03 and 07 are those lessons' own.
+`exercises.py` keeps them, apart from the lessons' registry; those of lessons 01, 03, 06 and 07 are those lessons' own.
 Leaves out: time and memory limits and the process of its own (`sandbox.py`).
 """
 
@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from finetune_lab.course import checks
 from finetune_lab.course.checks import Wrong, case
 from finetune_lab.course.drills.exercises import drill, reuse
-from finetune_lab.course.exercises import l01, l03, l07  # noqa: F401 (they define the exercises of their lessons)
+from finetune_lab.course.exercises import l01, l03, l06, l07  # noqa: F401 (they define the exercises of their lessons)
 from finetune_lab.methods import forgetting, merging, metrics, packing, preference
 
 for _name in ("render_chat", "completion_labels", "assistant_labels", "sft_loss", "labelled_only_loss",
               "positions_from_mask", "block_diagonal_mask", "LoRALinear", "dora_weight", "loraplus_groups",
-              "dare", "concatenate"):  # fmt: skip
+              "sequence_logps", "kto_loss", "dare", "concatenate"):  # fmt: skip
     reuse(_name, checks.REGISTRY[_name])
 
 
