@@ -24,6 +24,8 @@ from finetune_lab.lab.merging.layout import Plan, Planned, make_plan
 from finetune_lab.lab.merging.parameters import METHODS
 from finetune_lab.methods.merging import merge_tensor
 
+ENTRYWISE = ("linear", "task_arithmetic", "dare_linear", "dare_ties")  # the others look at a whole tensor first
+PIECE = 2**20  # entries
 SHARD_BYTES = 5_000_000_000  # as in transformers and mergekit
 
 
@@ -61,7 +63,9 @@ def carry_out(
     )
     with write.appearing(out) as folder, bar:
         files = write.shards(checked.tensors, shard_bytes)
-        buffer = torch.empty(max(t.nbytes for t in checked.tensors), dtype=torch.uint8)
+        method = checked.config.method
+        largest = max(_piece(method, torch.Size(t.shape).numel()) * t.dtype.itemsize for t in checked.tensors)
+        buffer = torch.empty(largest, dtype=torch.uint8)
         for name, tensors in files.items():
             write.write_shard(folder / name, tensors, _values(checked, tensors, seed, buffer, bar))
         write.write_index(folder, files)
@@ -88,24 +92,38 @@ def describe(checked: Plan) -> dict:
 
 
 def _values(checked: Plan, tensors: list[Planned], seed: int, buffer: Tensor, bar: tqdm) -> Iterator[Tensor]:
-    """The merged tensors in order, each in the same memory: use one before you take the next."""
+    """The merged tensors in order, in pieces that share one memory: use one before you take the next."""
     for planned in tensors:
-        yield _merged(checked, planned, seed, buffer)
+        yield from _merged(checked, planned, seed, buffer)
         bar.update(sum(checked.models[model].tensors[name].nbytes for model, name in planned.inputs.items()))
 
 
-def _merged(checked: Plan, planned: Planned, seed: int, buffer: Tensor) -> Tensor:
+def _merged(checked: Plan, planned: Planned, seed: int, buffer: Tensor) -> Iterator[Tensor]:
+    """One tensor: whole, or flat pieces that are written while they are still in the processor's cache."""
     config = checked.config
     inputs = {model: checked.models[model].read(name) for model, name in planned.inputs.items()}
     if not planned.dtype.is_floating_point:
-        return next(iter(inputs.values()))
-    base = inputs.pop(config.base) if METHODS[config.method].base else None
-    out = buffer[: planned.nbytes].view(planned.dtype).view(planned.shape)
+        yield next(iter(inputs.values()))
+        return
+    base = inputs.pop(config.base).reshape(-1) if METHODS[config.method].base else None
+    others = [tensor.reshape(-1) for tensor in inputs.values()]
     generator = torch.Generator().manual_seed(seed_of(seed, planned.name))
-    try:
-        return merge_tensor(config.method, base, list(inputs.values()), planned.parameters, out, generator)
-    except ValueError as error:
-        raise UserError(f"{planned.name}: {error}.") from error
+    size = _piece(config.method, len(others[0]))
+    for i in range(0, len(others[0]), size):
+        piece = slice(i, i + size)
+        models = [tensor[piece] for tensor in others]
+        out = buffer[: len(models[0]) * planned.dtype.itemsize].view(planned.dtype)
+        try:
+            yield merge_tensor(
+                config.method, base if base is None else base[piece], models, planned.parameters, out, generator
+            )
+        except ValueError as error:
+            raise UserError(f"{planned.name}: {error}.") from error
+
+
+def _piece(method: str, entries: int) -> int:
+    """Entries that are merged at once: a piece where no entry depends on others, else the whole tensor."""
+    return max(1, min(PIECE, entries) if method in ENTRYWISE else entries)
 
 
 def seed_of(seed: int, name: str) -> int:

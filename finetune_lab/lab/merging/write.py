@@ -58,7 +58,7 @@ def header(tensors: Sequence[Planned]) -> bytes:
 
 
 def write_shard(path: Path, tensors: Sequence[Planned], values: Iterable[Tensor]) -> None:
-    """Write one safetensors file from values that come one by one, and flush it to the disk."""
+    """Write one safetensors file from values that come in order, whole or in pieces, and flush it to the disk."""
     with path.open("wb", buffering=0) as file:
         _write_all(file, memoryview(header(tensors)))
         for value in values:
