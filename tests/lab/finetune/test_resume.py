@@ -13,13 +13,16 @@ import pytest
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the driver forks")
 
 
+KINDS = ("lora", "qlora", "dpo", "kto, full")
+
+
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory):
     """What the driver saw; the steps at which it kills are drawn anew each time, and shown when a test fails."""
     folder, seed = tmp_path_factory.mktemp("resume"), random.randrange(10**6)
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("resume_driver.py"), folder, str(seed)],
-        check=False, capture_output=True, text=True, timeout=580,
+        [sys.executable, Path(__file__).with_name("resume_driver.py"), folder, str(seed), *KINDS, "inside"],
+        check=False, capture_output=True, text=True, timeout=580, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     logs = "".join(log.read_text()[-2000:] for log in folder.glob("*/log.txt"))
     assert done.returncode == 0, f"seed {seed}\n{done.stderr[-2000:]}\n{logs}"
@@ -28,9 +31,9 @@ def driven(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_a_run_killed_at_random_steps_ends_with_the_same_weights_and_losses(driven, method):
-    seen = driven[method]
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_killed_at_random_steps_ends_with_the_same_weights_and_losses(driven, kind):
+    seen = driven[kind]
     assert set(seen["killed"]) == {signal.SIGKILL} and seen["last"] == seen["whole_status"] == 0
     assert seen["resumed"] == seen["whole"], f"killed at {seen['steps']}"
 
