@@ -5,7 +5,8 @@
     dora    the same with `use_dora`
     qlora   frozen linear layers in NF4 with double quantisation (bitsandbytes), adapter in bf16 (TRL's choice)
 
-Leaves out: 8-bit, models sharded at load time. In production: `trl.ModelConfig`, `trl.get_quantization_config`.
+peft, and what transformers needs to train, take seconds to import, and the preflight asks this module about the machine:
+they are imported where they are used. Leaves out: 8-bit, models sharded at load time. In production: `trl.ModelConfig`, `trl.get_quantization_config`.
 """
 
 import os
@@ -13,8 +14,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finetune_lab.environment import threads_for
 from finetune_lab.errors import UserError
@@ -73,6 +72,8 @@ def load_4bit(folder: Path, dtype: torch.dtype, device: str):
     wrong weights without an error, so it is refused; and the first forward in eval mode on a CPU with AVX512-BF16
     repacks the weights in place and cuts the gradient, so that path is switched off.
     """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
     with models._no_bars():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map={"": device},
@@ -92,8 +93,10 @@ def load_4bit(folder: Path, dtype: torch.dtype, device: str):
     return model.eval()
 
 
-def adapter_config(recipe: Recipe, model) -> LoraConfig | None:
-    """peft's configuration of the adapter; None for full fine-tuning. Raises UserError for a target that is no layer."""
+def adapter_config(recipe: Recipe, model):
+    """peft's `LoraConfig` of the adapter; None for full fine-tuning. Raises UserError for a target that is no layer."""
+    from peft import LoraConfig
+
     if recipe.method == "full":
         return None
     linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
