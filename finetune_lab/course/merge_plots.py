@@ -1,0 +1,143 @@
+"""What lesson 07 draws and tells of merges: recorded figures, the plane through three models, conflicts by layer.
+
+Recorded figures come from bench `merge_effects` (five seeds); the rest is computed from the models that it is given.
+Every picture comes with its alternative text. Leaves out: the merging itself (`methods.merging`, `merge_ways`).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from finetune_lab.course import bench, plots
+from finetune_lab.methods import merging
+
+Weights = Mapping[str, Tensor]
+SKILLS = ("extract", "answer", "math")
+
+
+@functools.cache
+def _rows() -> dict[str, float]:
+    return {row["name"]: row["value"] for row in bench.recorded("merge_effects")["rows"]}
+
+
+def found(name: str, measure: str) -> tuple[float, float]:
+    """(mean, standard deviation) over five seeds of one recorded measure. Raises KeyError for a row that is not there."""
+    return _rows()[f"{name}: {measure}"], _rows()[f"{name}: {measure}, standard deviation"]
+
+
+def table(*names: str, measures: Sequence[str] = SKILLS, width: int = 32) -> None:
+    """Print recorded shares in percent, mean ± standard deviation, a line a name."""
+    for name in names:
+        cells = ((measure, *found(name, measure)) for measure in measures)
+        print(f"{name:{width}} " + "  ".join(f"{m} {100 * mean:3.0f} ± {100 * sd:2.0f}" for m, mean, sd in cells))
+
+
+def sweep(
+    title: str, x: str, xs: Sequence[str], series: Mapping[str, tuple[Sequence[str], str]], y: str = "right (%)"
+) -> tuple[Figure, str]:
+    """(figure, alt): recorded shares against a setting, one standard deviation each way.
+
+    xs: the setting's values; series: label -> (the row name at each value, measure).
+    """
+    figure, ax = plots.axes(title, x, y, size=(5.6, 2.8))
+    said = []
+    for (label, (names, measure)), colour, marker in zip(series.items(), plots.COLOURS, plots.MARKERS, strict=False):
+        means, sds = zip(*(found(name, measure) for name in names), strict=True)
+        height, spread = [100 * v for v in means], [100 * v for v in sds]
+        ax.errorbar(range(len(xs)), height, yerr=spread, color=colour, marker=marker, capsize=3, label=label)
+        said.append(f"{label} " + ", ".join(f"{v:.0f}" for v in height))
+    ax.set_xticks(range(len(xs)), xs)
+    ax.set_ylim(-5, 110)
+    ax.legend(fontsize=8)
+    return figure, f"{title}. Percent at {x} {', '.join(xs)}: " + "; ".join(said) + "."
+
+
+def lines(start: str, ends: Sequence[str], title: str) -> tuple[Figure, str]:
+    """(figure, alt): the recorded loss on the skill `start` along straight lines from its specialist to `ends`."""
+    figure, ax = plots.axes(
+        title, f"share t of the way from the {start} specialist", f"loss on {start} (nats)", (5.6, 2.9)
+    )
+    ts, said = [i / 10 for i in range(11)], []
+    for end, colour, marker in zip(ends, plots.COLOURS, plots.MARKERS, strict=False):
+        means, sds = zip(*(found(f"{start} to {end}, t={t:g}", "loss") for t in ts), strict=True)
+        ax.errorbar(ts, means, yerr=sds, color=colour, marker=marker, markersize=4, label=f"to {end}")
+        said.append(f"to {end}: {means[0]:.2f} at the start, {means[5]:.2f} half way, {means[10]:.2f} at the end")
+    ax.set_yscale("log")
+    ax.legend(fontsize=8)
+    return figure, f"Loss on {start}. " + "; ".join(said) + "."
+
+
+class Plane:
+    """The plane through three models: x runs from the first to the second, y at a right angle toward the third."""
+
+    def __init__(self, a: Weights, b: Weights, c: Weights) -> None:
+        self.names = list(a)
+        self.origin, b, c = self._flat(a), self._flat(b), self._flat(c)
+        self.width = (b - self.origin).norm().item()
+        self.x = (b - self.origin) / self.width
+        up = (c - self.origin) - self.x * (self.x @ (c - self.origin))
+        self.height = up.norm().item()
+        self.y = up / self.height
+
+    def _flat(self, weights: Weights) -> Tensor:
+        return torch.cat([weights[name].detach().float().flatten() for name in self.names])
+
+    def point(self, x: float, y: float, like: Weights) -> dict[str, Tensor]:
+        """The model at (x, y), tensors shaped as those of `like`."""
+        parts = (self.origin + x * self.x + y * self.y).split([like[name].numel() for name in self.names])
+        return {name: part.view_as(like[name]) for name, part in zip(self.names, parts, strict=True)}
+
+    def place(self, weights: Weights) -> tuple[float, float]:
+        """(x, y) of a model, or of the point of the plane that is nearest to it."""
+        away = self._flat(weights) - self.origin
+        return (self.x @ away).item(), (self.y @ away).item()
+
+
+def slice_of_loss(
+    marks: Mapping[str, Weights], loss: Callable[[Weights], float], steps: int = 7, title: str = ""
+) -> tuple[Figure, str]:
+    """(figure, alt): contours of `loss` on the plane through the first three models of `marks`; all are marked."""
+    three = list(marks.values())[:3]
+    plane = Plane(*three)
+    xs, ys = (torch.linspace(-0.2, 1.2, steps) * size for size in (plane.width, plane.height))
+    ground = torch.tensor([[loss(plane.point(x, y, three[0])) for x in xs.tolist()] for y in ys.tolist()])
+    figure, ax = plots.axes(title, "", "", size=(5.2, 3.6))
+    ax.clabel(ax.contour(xs, ys, ground, levels=8, colors=plots.BLACK, linewidths=0.8), fontsize=7)
+    for (name, weights), marker, colour in zip(marks.items(), plots.MARKERS, plots.COLOURS, strict=False):
+        spot = plane.place(weights)
+        ax.plot(*spot, marker=marker, color=colour, markersize=8)
+        ax.annotate(name, spot, xytext=(6, 6), textcoords="offset points", color=colour, weight="bold")
+    ax.set(xticks=[], yticks=[])
+    own = ", ".join(f"{name} {loss(weights):.2f}" for name, weights in marks.items())
+    return (
+        figure,
+        f"Contours of the mean loss on the plane: {own}; lowest of the grid {ground.min():.2f}, highest {ground.max():.2f}.",
+    )
+
+
+def conflicts(taus: Mapping[str, Weights], pairs: Sequence[tuple[str, str]], most: int = 6) -> tuple[Figure, str]:
+    """(figure, alt): share of entries with opposite signs in each layer, of all and of the largest 20 % of each."""
+    names = [name for name in next(iter(taus.values())) if ".layers." in name]
+    layers = sorted({int(name.split(".layers.")[1].split(".")[0]) for name in names})
+    layers = layers[:: math.ceil(len(layers) / most)]
+    title = "Signs disagree like coins; few large entries meet"
+    figure, ax = plots.axes(title, "layer", "entries in conflict (%)", (5.6, 2.9))
+    said = []
+    for (one, two), colour, marker in zip(pairs, plots.COLOURS, plots.MARKERS, strict=False):
+        for density, line, kind in ((1.0, "-", "all entries"), (0.2, "--", "largest 20 %")):
+            shares = []
+            for layer in layers:
+                inside = [name for name in names if f".layers.{layer}." in name and taus[one][name].ndim == 2]
+                both = [torch.cat([merging.trim(taus[s][n], density).flatten() for n in inside]) for s in (one, two)]
+                shares.append(100 * merging.sign_conflicts(both))
+            label = f"{one}, {two}" if line == "-" else None
+            ax.plot(layers, shares, color=colour, marker=marker, linestyle=line, label=label)
+            said.append(f"{one} and {two}, {kind}: {min(shares):.0f} to {max(shares):.0f}")
+    ax.set(xticks=layers, ylim=(0, 60))
+    ax.text(layers[0], 12, "dashed: the largest 20 % of each task vector", fontsize=8)
+    ax.legend(fontsize=8, loc="center")
+    return figure, "Percent of entries with opposite signs, layer by layer. " + "; ".join(said) + "."
