@@ -12,7 +12,9 @@ EXAMPLES = """examples:
   finetune-lab generate --model merged/both "My lamp is broken."
 
 The recipe is mergekit's YAML (linear, slerp, task_arithmetic, ties, dare_linear, dare_ties). A model is a folder, a
-known name, a hub id, a run of `finetune-lab sft` (its adapter is added to its base on the way), or BASE+ADAPTER."""
+known name, a hub id, a run of `finetune-lab sft` (its adapter is added to its base on the way), or BASE+ADAPTER.
+Unlike mergekit: dtype is that of the file only, as the arithmetic is always fp32; DARE's `rescale` divides by the
+density, as in the paper; and parameters that a method does not use are refused."""
 
 
 def register(subparsers) -> None:

@@ -68,7 +68,7 @@ def make_models(place: Path, size: dict) -> list[Path]:
         "vocab_size": size["vocab"], "tie_word_embeddings": True, "dtype": "bfloat16",
     }  # fmt: skip
     planned = [Planned(name, shape, torch.bfloat16, {}, {}) for name, shape in shapes.items()]
-    pool = 0.02 * torch.randn(POOL, generator=torch.Generator().manual_seed(0))
+    pool = (0.02 * torch.randn(POOL, generator=torch.Generator().manual_seed(0))).repeat(2)
     folders = []
     for k, name in enumerate(("base", "a", "b")):
         folder = place / name
@@ -86,8 +86,12 @@ def make_models(place: Path, size: dict) -> list[Path]:
 def _noisy(pool: torch.Tensor, number: int, shape: tuple[int, ...], k: int) -> torch.Tensor:
     """The numbers of one tensor: a stretch of the pool, and for k > 0 1 % of another stretch."""
     n = torch.Size(shape).numel()
-    fill = pool.roll(977 * number)
-    fill = fill + 0.01 * pool.roll(31 * number + 1_000_003 * k) if k else fill
+
+    def stretch(start: int) -> torch.Tensor:
+        return pool[start % POOL :][: min(n, POOL)]
+
+    fill = stretch(977 * number)
+    fill = fill + 0.01 * stretch(31 * number + 1_000_003 * k) if k else fill
     return fill.bfloat16().repeat(-(-n // POOL))[:n].view(shape)
 
 

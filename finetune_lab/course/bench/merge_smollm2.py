@@ -10,10 +10,9 @@ import json
 import tempfile
 from pathlib import Path
 
-import torch
-
-from finetune_lab.lab import merging, models
-from finetune_lab.lab.finetune import preflight, runs, score
+from finetune_lab.lab import merging, models, tasks
+from finetune_lab.lab.evaluate import LONGEST_ANSWER
+from finetune_lab.lab.finetune import build, preflight, runs, score, talk
 from finetune_lab.lab.finetune.recipe import SftRecipe, load
 from finetune_lab.lab.finetune.run import sft
 
@@ -70,10 +69,12 @@ def recipes(size: dict, folders: dict[str, Path]) -> dict[str, dict]:
 
 def exact_matches(model, tokenizer, found: dict) -> dict[str, float]:
     """Exact match of each skill on the held-out rows of its run. found: {skill: preflight of the run}."""
-    return {
-        skill: score.score(model, tokenizer, check.valid_rows, check.valid, skill)[0]["exact_match"]
-        for skill, check in found.items()
-    }
+    scores = {}
+    for skill, check in found.items():
+        chats = [score.asked(row) for row in check.valid_rows]
+        said = talk.answers(model, tokenizer, chats, max_new_tokens=LONGEST_ANSWER[skill])
+        scores[skill] = tasks.score(skill, said, check.valid_rows)["exact_match"]
+    return scores
 
 
 def _model(name: str, weight: float, **own) -> dict:
@@ -89,13 +90,14 @@ def measure(size: dict, place: Path) -> list[dict]:
     folders = specialists(size, place)
     found = {skill: preflight.inspect(load(SftRecipe, str(f / "recipe.yaml"), {})) for skill, f in folders.items()}
     reports = {skill: json.loads((f / "report.json").read_text()) for skill, f in folders.items()}
-    model, tokenizer = models.load(size["model"], dtype=torch.float32)
+    dtype = build.DTYPES[found["math"].recipe.precision]  # as the runs scored themselves
+    model, tokenizer = models.load(size["model"], dtype=dtype)
     rows = [row(f"{skill}: held-out rows", len(check.valid_rows), "count") for skill, check in found.items()]
     rows += [row(f"{skill}, base", value) for skill, value in exact_matches(model, tokenizer, found).items()]
     for name, config in recipes(size, folders).items():
         with tempfile.TemporaryDirectory() as folder:
             bill = merging.merge(config, Path(folder) / "merged", progress=False)
-            model, tokenizer = models.load(str(Path(folder) / "merged"), dtype=torch.float32)
+            model, tokenizer = models.load(str(Path(folder) / "merged"), dtype=dtype)
             for skill, value in exact_matches(model, tokenizer, found).items():
                 rows.append(row(f"{skill}, {name}", value, "share", "its specialist, scored by its own run",
                                 reports[skill]["after"]["exact_match"]))  # fmt: skip
