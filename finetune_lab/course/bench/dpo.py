@@ -81,7 +81,7 @@ def case(size: dict, lora: bool, folder: str) -> tuple[DPOTrainer, list]:
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
-                parameter += 0.02 * torch.randn_like(parameter)
+                parameter += (0.1 if lora else 0.02) * torch.randn_like(parameter)
     return trainer, pairs
 
 

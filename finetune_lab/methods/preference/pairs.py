@@ -91,7 +91,7 @@ def ipo_loss(
 def hinge_loss(
     policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """max(0, 1 - beta h): no gradient once the margin is wide enough. SLiC-HF, Zhao et al. 2023, eq. 1; TRL `hinge`.
+    """max(0, 1 - beta h): no gradient once the margin is wide enough. SLiC-HF, Zhao et al. 2023; TRL `hinge`.
 
     All four: (batch,) summed log-probabilities. The paper compares log pi alone and adds an SFT term; with the
     reference inside, as here and in TRL, it is the hinge form of DPO (margin 1/beta).
