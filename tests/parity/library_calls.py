@@ -4,7 +4,7 @@ Read, not run: imports are resolved for real, then the syntax tree is walked. A 
 object, an instance (`trainer = SFTTrainer(...)`, `model: PreTrainedModel`, `AutoModel....from_pretrained(...)`) or the
 keys of a dict that is passed on with `**`. A keyword that a function takes through its own **kwargs must be one that
 its source reads, its TypedDict lists, or a function in FORWARDS takes: an unknown keyword is a problem, never a pass.
-Leaves out: attributes of instances that are set at run time, values, types.
+Leaves out: attributes of instances that are set at run time (but a trainer's model is one), values, types.
 """
 
 import ast
@@ -113,6 +113,21 @@ def known_keywords(function: Callable, owner: type | None = None, name: str = ""
         return frozenset(inspect.signature(function).parameters).union(special, *map(read_keywords, makers))
     forwards = [f for (cls, method), f in FORWARDS.items() if owner and method == name and issubclass(owner, cls)]
     return read_keywords(function).union(*(known_keywords(f) for more in forwards for f in more))
+
+
+@cache
+def set_at_run_time(cls: type) -> frozenset:
+    """Attributes that a class, or one that it is derived from, gives its instances: `self.name = ...` in any method."""
+    names = set()
+    for each in cls.__mro__:
+        if is_library(each) and each.__module__ != __name__:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(each)))
+            names |= {
+                node.attr for node in ast.walk(tree)
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+                and isinstance(node.value, ast.Name) and node.value.id == "self"
+            }  # fmt: skip
+    return frozenset(names)
 
 
 def signature_of(function: Callable) -> inspect.Signature:
@@ -232,7 +247,10 @@ class Checker(ast.NodeVisitor):
             case ast.Attribute(value=inner, attr=name):
                 base = self.resolve(inner)
                 if isinstance(base, Instance):
-                    return Method(base.cls, name)
+                    if name == "model" and issubclass(base.cls, transformers.Trainer):
+                        return Instance(LlamaForCausalLM)
+                    known = inspect.getattr_static(base.cls, name, None) is not None
+                    return None if not known and name in set_at_run_time(base.cls) else Method(base.cls, name)
                 return getattr(base, name, None) if inspect.ismodule(base) or inspect.isclass(base) else None
             case ast.Call(func=ast.Name(id="super"), args=[]) if self.bases and self.bases[-1] is not object:
                 return Instance(self.bases[-1])
@@ -266,6 +284,10 @@ class Checker(ast.NodeVisitor):
 
     # calls
     def visit_Call(self, node: ast.Call) -> None:
+        if isinstance(node.func, ast.IfExp):  # (KTOTrainer if kto else DPOTrainer)(...): both must fit
+            for func in (node.func.body, node.func.orelse):
+                self.visit_Call(ast.copy_location(ast.Call(func, node.args, node.keywords), node))
+            return
         self.generic_visit(node)
         thing = self.resolve(node.func)
         if isinstance(thing, Instance):  # model(...): PyTorch calls forward

@@ -25,7 +25,22 @@ def test_every_library_call_fits_the_installed_version(folder):
 
 def test_calls_of_all_six_libraries_are_seen():
     calls = Counter(call.split(":")[0] for path in [*LESSONS, *PACKAGE] for call in seen(path))
-    assert set(calls) >= library_calls.LIBRARIES and calls.total() >= 150
+    assert set(calls) >= library_calls.LIBRARIES and calls.total() >= 250
+
+
+def test_every_trainer_that_a_command_uses_is_among_the_checked_calls():
+    trainers = ("run.py", "dpo.py")
+    calls = {
+        call.split(":")[1] for name in trainers for call in seen(ROOT / "finetune_lab" / "lab" / "finetune" / name)
+    }
+    assert calls >= {
+        "ResumingSFTTrainer",
+        "SFTConfig",
+        "ResumingDPOTrainer",
+        "DPOConfig",
+        "ResumingKTOTrainer",
+        "KTOConfig",
+    }
 
 
 def seen(path: Path) -> list[str]:
@@ -47,6 +62,10 @@ WRONG = {  # what older notes write -> what the checker says
     "from finetune_lab.lab import models\nmodel, t = models.load()\nmodel.generate(x, max_tokens=9)": "'max_tokens'",
     "from transformers import PreTrainedModel\ndef f(m: PreTrainedModel):\n    m.save_pretrained()": "save_directory",
     "from trl import SFTTrainer\nt = SFTTrainer(model)\nt.fit()": "SFTTrainer has no fit",
+    "from trl import DPOTrainer\nt = DPOTrainer(model)\nt.model(input_ids=x, labls=y)": "'labls'",
+    "from trl import DPOTrainer, SFTTrainer\n(DPOTrainer if a else SFTTrainer)(m, ref_model=r)": "'ref_model'",
+    "from trl import DPOConfig\nDPOConfig(max_prompt_length=64)": "'max_prompt_length'",
+    "from trl import KTOConfig\nKTOConfig(loss_type='kto', label_smoothing=0.1)": "'label_smoothing'",
     "from transformers import TrainerCallback\nclass C(TrainerCallback):\n    def on_step(self, a, s, c): 1": "no event",
     "from datasets import Dataset\nDataset.from_list(rows).map(f, batch=8)": "argument 'batch'",
     "import bitsandbytes as bnb\nbnb.nn.Linear4bit(64, 32, qtype='nf4')": "argument 'qtype'",
@@ -68,6 +87,7 @@ def test_a_wrong_call_is_caught(source):
         "from transformers import AutoTokenizer as T\nT.from_pretrained('x', padding_side='left', local_files_only=True)",
         "from finetune_lab.lab import models\nmodel, t = models.load()\nmodel.generate(**t('a'), max_new_tokens=9)",
         "from finetune_lab.lab import models\nmodel, t = models.load()\nt.apply_chat_template(m, my_variable=1)",
+        "from trl import DPOTrainer\nt = DPOTrainer(model)\nt.model(input_ids=x)\nt.accelerator.prepare(x)\nt.data_collator(y)",
         "from peft import LoraConfig\nsettings = dict(nonsense=1)\ndef f(**settings): return LoraConfig(**settings)",
     ],
     ids=lambda source: source.splitlines()[-1],
