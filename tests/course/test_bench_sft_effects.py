@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from finetune_lab.course.bench import recorded
 from finetune_lab.course.bench import sft_effects as effects
 from finetune_lab.course.bench.sft_effects import FULL, LORA, SETTINGS, items_of, one_run
 
@@ -25,6 +26,12 @@ def test_held_out_items_are_not_among_the_training_items():
         train, held_out = items_of(kind, 0, 32, 20)
         asked = {item["prompt"][-1]["content"] for item in train}
         assert len(train) == 32 and not asked & {item["prompt"][-1]["content"] for item in held_out}
+
+
+def test_the_record_has_every_setting_and_no_claim_stands_on_nan():
+    rows = {row["name"]: row["value"] for row in recorded("sft_effects")["rows"]}
+    assert {f"{setting.label}: exact match" for setting in SETTINGS} <= set(rows)
+    assert all(math.isfinite(value) for value in rows.values())
 
 
 @pytest.fixture(scope="module")
