@@ -6,8 +6,8 @@ from finetune_lab.lab.sft_cli import add_run_flags, add_settings, recipe_of, run
 
 EXAMPLES = """examples:
   finetune-lab dpo --task reply                           the tiny model first learns to write letters, then good ones
-  finetune-lab dpo --data pairs.jsonl --start runs/my-sft --hold-out 0.1 --check
-  finetune-lab dpo --data thumbs.jsonl --start runs/my-sft --loss kto
+  finetune-lab dpo --data pairs.jsonl --adapter runs/my-sft --hold-out 0.1 --check
+  finetune-lab dpo --data thumbs.jsonl --adapter runs/my-sft --loss kto
   finetune-lab dpo recipes/reply_dpo.yaml --beta 0.3 --out runs/second
 
 Data: {"prompt", "chosen", "rejected"}, or {"prompt", "completion", "label": true} for kto. The reference is the model at
@@ -34,8 +34,8 @@ def dpo(args) -> int:
     from finetune_lab.lab.finetune.dpo_recipe import DpoRecipe
 
     recipe = recipe_of(args, DpoRecipe)
-    if recipe.task and recipe.model == "tiny" and recipe.start is None and not args.check:
-        args.start = first_stage(recipe, args)
+    if recipe.task and recipe.model == "tiny" and recipe.adapter is None and not args.check:
+        args.adapter = first_stage(recipe, args)
         recipe = recipe_of(args, DpoRecipe)
 
     def train(recipe, found, say) -> dict:

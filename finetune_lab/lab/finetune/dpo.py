@@ -1,9 +1,9 @@
 """Preference training over `trl.DPOTrainer` and `trl.KTOTrainer`: from a recipe to a report.
 
-    report = dpo(DpoRecipe(task="reply", start="runs/sft-reply-tiny-lora"))
+    report = dpo(DpoRecipe(task="reply", adapter="runs/sft-reply-tiny-lora"))
 
 No trainer of our own: rows of text go in, TRL prepares and trains them. The reference is the model at the start of this
-run: the base with its adapter off, the frozen copy of `start` that TRL makes, or log-probabilities computed beforehand.
+run: the base with its adapter off, the frozen copy of `adapter` that TRL makes, or log-probabilities computed beforehand.
 In production: `trl dpo --config`, `trl kto --config`.
 """
 
@@ -21,8 +21,9 @@ from finetune_lab.lab.finetune import build, preflight_dpo, runs, score_pairs, w
 from finetune_lab.lab.finetune.dpo_recipe import DpoRecipe
 from finetune_lab.lab.finetune.pairs import as_rated
 from finetune_lab.lab.finetune.preflight import Preflight
+from finetune_lab.lab.finetune.resuming import Resuming
 from finetune_lab.lab.finetune.run import CURVE_ROWS
-from finetune_lab.lab.finetune.session import REFERENCE, Resuming, common_arguments, session
+from finetune_lab.lab.finetune.session import REFERENCE, common_arguments, session
 
 
 class ResumingDPOTrainer(Resuming, DPOTrainer):
@@ -58,7 +59,7 @@ def dpo(
                 model=model,
                 args=settings,
                 processing_class=tokenizer,
-                peft_config=None if recipe.start else build.adapter_config(recipe, model),
+                peft_config=None if recipe.adapter else build.adapter_config(recipe, model),
                 train_dataset=_table(found.rows.train),
                 eval_dataset=_table(_scored_rows(found)),
             )
@@ -77,9 +78,9 @@ def dpo(
 def load(recipe: DpoRecipe):
     """`(model, tokenizer)` of a completed recipe: the base, with the adapter that goes on training if there is one."""
     model, tokenizer = build.load(recipe)
-    if recipe.start:
+    if recipe.adapter:
         with build.quiet_peft():
-            model = PeftModel.from_pretrained(model, runs.find_adapter(recipe.start), is_trainable=True)
+            model = PeftModel.from_pretrained(model, runs.find_adapter(recipe.adapter), is_trainable=True)
         # peft looks there when it saves; `session.save` writes the name back
         model.peft_config["default"].base_model_name_or_path = str(models.locate(recipe.model))
     return model, tokenizer

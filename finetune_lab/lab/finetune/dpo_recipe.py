@@ -2,10 +2,10 @@
 
 DPO begins where supervised fine-tuning ended, and measures against that beginning. Two ways to say so:
 
-    start: runs/sft-...        the adapter of that run goes on training; a frozen copy of it is the reference
+    adapter: runs/sft-...      the adapter of that run goes on training; a frozen copy of it is the reference
     model: runs/sft-.../model  a whole model; a new adapter goes on top, and the reference is that model without it
 
-With `start` the result is one adapter on the same base: it fits wherever the first one did, and nothing has to be
+With `adapter` the result is one adapter on the same base: it fits wherever the first one did, and nothing has to be
 merged. Rank, alpha, targets and method are the adapter's own. In production: `trl dpo --config`, which copies the
 adapter the same way.
 """
@@ -26,7 +26,7 @@ class DpoRecipe(Recipe):
     """Preference training: which loss, against which reference, and the adapter that it goes on from."""
 
     task: str | None = setting(None, "text", "the pairs of the course instead of data", choices=("reply",))
-    start: str | None = setting(
+    adapter: str | None = setting(
         None, "text", "the run (or adapter) that goes on training; a frozen copy of it is the reference"
     )
     loss: str | None = setting(
@@ -44,15 +44,15 @@ class DpoRecipe(Recipe):
         choices=("live", "precomputed"),
     )  # fmt: skip
     epochs: float | None = setting(None, "number", "passes over the data, instead of steps (default: 1)", above=0)
-    method: str | None = setting(None, "text", "what is trained (default: as in start, else lora)", choices=METHODS)
-    rank: int | None = setting(None, "count", "rank r of the adapter (default: as in start, else 16)", least=1)
+    method: str | None = setting(None, "text", "what is trained (default: as in adapter, else lora)", choices=METHODS)
+    rank: int | None = setting(None, "count", "rank r of the adapter (default: as in adapter, else 16)", least=1)
     targets: tuple[str, ...] | None = setting(
-        None, "names", "layers with an adapter, by name, or all-linear (default: as in start, else all-linear)"
+        None, "names", "layers with an adapter, by name, or all-linear (default: as in adapter, else all-linear)"
     )
     EPOCHS = 1.0
 
     def __post_init__(self):
-        place = runs.find_adapter(self.start) if isinstance(self.start, str) else None
+        place = runs.find_adapter(self.adapter) if isinstance(self.adapter, str) else None
         if place and self.model is None:
             object.__setattr__(self, "model", runs.base_of(place))
         super().__post_init__()
@@ -63,12 +63,12 @@ class DpoRecipe(Recipe):
                 object.__setattr__(self, name, value)
             elif place and given != value:
                 raise UserError(
-                    f"{name} is {given!r}, but the adapter in {self.start} has {value!r}, and it is the one that goes "
+                    f"{name} is {given!r}, but the adapter in {self.adapter} has {value!r}, and it is the one that goes "
                     f"on training: leave {name} away."
                 )
         if place and runs.base_of(place) != self.model:
             raise UserError(
-                f"{self.start} was trained on {runs.base_of(place)}, not on {self.model}: leave model away."
+                f"{self.adapter} was trained on {runs.base_of(place)}, not on {self.model}: leave model away."
             )
         if self.dropout:
             raise UserError(
@@ -86,7 +86,7 @@ class DpoRecipe(Recipe):
 
     def kind(self) -> str:
         """The row of `lab.tiers`: a new adapter (B = 0) takes a higher rate than one that has learnt already."""
-        return "dpo-start" if self.start else "dpo"
+        return "dpo-start" if self.adapter else "dpo"
 
     def usual(self, tier: tiers.Tier) -> tiers.Recipe:
         """Preference training has rates of its own, whatever the data."""

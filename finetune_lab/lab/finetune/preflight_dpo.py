@@ -32,7 +32,7 @@ def inspect(recipe: DpoRecipe) -> Preflight:
         silent.repeated(list(map(sources.row_key, rows.train))),
         silent.few_scored(len(valid)),
         silent_pairs.prompt_in_answers(rows.train),
-        silent_pairs.no_start(recipe.start, recipe.model),
+        silent_pairs.no_start(recipe.adapter, recipe.model),
     ]
     if recipe.loss == "kto":
         found.append(silent_pairs.one_kind_of_label(encoded, recipe.desirable_weight, recipe.undesirable_weight))

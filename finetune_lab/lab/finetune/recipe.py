@@ -32,8 +32,8 @@ ELSEWHERE = {
     "lora_dropout": "dropout", "target_modules": "targets", "lora_target_modules": "targets", "base_model": "model",
     "model_name_or_path": "model", "dataset": "data", "train_file": "data", "output_dir": "out", "val_set_size": "hold_out",
     "neftune_noise_alpha": "neftune", "bf16": "precision", "fp16": "precision",
-    "loss_type": "loss", "pref_loss": "loss", "pref_beta": "beta", "dpo_beta": "beta", "ref_model": "start",
-    "adapter_name_or_path": "start", "precompute_ref_log_probs": "reference",
+    "loss_type": "loss", "pref_loss": "loss", "pref_beta": "beta", "dpo_beta": "beta", "ref_model": "adapter",
+    "adapter_name_or_path": "adapter", "precompute_ref_log_probs": "reference",
 }  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from finetune_lab.lab.finetune import build, preflight, score, watch
 from finetune_lab.lab.finetune.encode import Example
 from finetune_lab.lab.finetune.preflight import Preflight
 from finetune_lab.lab.finetune.recipe import SftRecipe
-from finetune_lab.lab.finetune.session import Resuming, common_arguments, session
+from finetune_lab.lab.finetune.resuming import Resuming
+from finetune_lab.lab.finetune.session import common_arguments, session
 
 CURVE_ROWS = 32  # held-out rows whose loss is measured during training; before and after, all of them are scored
 

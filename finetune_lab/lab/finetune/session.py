@@ -20,8 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
-from transformers.utils import logging as transformers_logging
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from finetune_lab.errors import UserError
 from finetune_lab.lab.finetune import build, memory, preflight, report, runs, watch
@@ -31,38 +30,11 @@ from finetune_lab.provenance import git_state, provenance
 
 REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter that goes on training
 
-MakeTrainer = Callable[..., Trainer]  # (model, tokenizer) -> a trainer that is also `Resuming`
+MakeTrainer = Callable[..., Trainer]  # (model, tokenizer) -> a trainer that is also `resuming.Resuming`
 # (model, tokenizer, what the scorer gave before training, or None) -> {"scores", "answers"} on the held-out rows, and
 # whatever else it wants to see again after training; plain values, as they are kept in before.json
 Scorer = Callable[..., dict]
 Loader = Callable[[Recipe], tuple]  # -> model, tokenizer
-
-
-class Resuming:
-    """Two repairs of what happens when a checkpoint is loaded, to put before a trainer: `class T(Resuming, SFTTrainer)`.
-
-    peft 0.21.2 makes bf16 adapters (QLoRA) fp32, so that the rest would train in another precision; transformers 5.23
-    trains one step too many when the checkpoint is already the last one.
-    """
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        before = {name: p.dtype for name, p in self.model.named_parameters() if p.is_floating_point()}
-        loud = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()  # it says that the tied head is missing, which is never saved
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        transformers_logging.set_verbosity(loud)
-        for name, p in self.model.named_parameters():
-            if p.dtype != before.get(name, p.dtype):
-                p.data = p.data.to(before[name])
-
-    def train(self, resume_from_checkpoint: str | None = None, **more):
-        if resume_from_checkpoint:
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
-            if state.global_step >= state.max_steps:
-                self._load_from_checkpoint(resume_from_checkpoint)
-                self.state = state
-                return None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **more)
 
 
 def common_arguments(recipe: Recipe, *, score: bool) -> dict:
@@ -146,8 +118,8 @@ def identity(found: Preflight) -> dict:
     """Everything that must be equal for two runs to end with the same weights."""
     values = dataclasses.asdict(found.recipe) | {"data": found.recipe.data and Path(found.recipe.data).name}
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k != "out"}
-    if start := values.get("start"):
-        values["start"] = runs.fingerprint(runs.find_adapter(start))
+    if adapter := values.get("adapter"):
+        values["adapter"] = runs.fingerprint(runs.find_adapter(adapter))
     return values | {"rows": found.rows.fingerprint(), "processes": preflight.processes()}
 
 

@@ -102,13 +102,13 @@ def one_kind_of_label(rated: Sequence[Rated], desirable_weight: float, undesirab
     )  # fmt: skip
 
 
-def no_start(start: str | None, model: str) -> Finding | None:
+def no_start(adapter: str | None, model: str) -> Finding | None:
     """Preference training tells answers apart; it does not teach a bare base model how to answer."""
-    if start or model != "tiny":
+    if adapter or model != "tiny":
         return None
     return Finding(
         "no start", "warning", "the tiny model is a bare base: it has never answered anybody.",
-        "Run `finetune-lab sft` on good answers first, and give the folder of that run as start.",
+        "Run `finetune-lab sft` on good answers first, and give the folder of that run as adapter.",
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ EVERY = f"--items 12 --batch-size 2 --steps {STEPS} --save-every 2 --test-items 
 COMMANDS = {
     "lora": f"sft --task extract --dropout 0.1 --method lora {EVERY}",
     "qlora": f"sft --task extract --dropout 0.1 --method qlora {EVERY}",
-    "dpo": f"dpo --task reply --start {{start}} {EVERY}",
+    "dpo": f"dpo --task reply --adapter {{start}} {EVERY}",
     "kto, full": f"dpo --task reply --model {tiny_folder()} --loss kto --method full {EVERY}",
 }
 KILLS = {"lora": 3, "qlora": 1, "dpo": 2, "kto, full": 1}

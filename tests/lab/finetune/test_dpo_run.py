@@ -45,7 +45,7 @@ def train(start, tmp_path):
             "batch_size": 4,
             "save_every": 3,
             "test_items": 0,
-            "start": start,
+            "adapter": start,
             "out": str(tmp_path / "run"),
         }
         return dpo.dpo(DpoRecipe(**(small | own | settings)), say=silent)
@@ -58,7 +58,15 @@ def done(start, tmp_path_factory):
     """A finished run that tests only look at."""
     folder, steps = tmp_path_factory.mktemp("done") / "run", []
     recipe = DpoRecipe(
-        task="reply", items=16, steps=4, batch_size=4, save_every=2, test_items=4, start=start, out=str(folder), lr=1e-3
+        task="reply",
+        items=16,
+        steps=4,
+        batch_size=4,
+        save_every=2,
+        test_items=4,
+        adapter=start,
+        out=str(folder),
+        lr=1e-3,
     )
     made = dpo.dpo(recipe, say=silent, on_step=lambda step, loss: steps.append([step, loss]))
     return SimpleNamespace(folder=folder, report=made, steps=steps, recipe=recipe)
@@ -119,8 +127,8 @@ def test_its_own_recipe_is_the_same_run(done):
 
 def test_another_start_under_the_same_name_is_another_run(done, start, tmp_path):
     other = letters(tmp_path / "letters", seed=1)
-    with pytest.raises(UserError, match="holds another run: start was"):
-        dpo.dpo(DpoRecipe(**(vars(done.recipe) | {"start": other})), say=silent)
+    with pytest.raises(UserError, match="holds another run: adapter was"):
+        dpo.dpo(DpoRecipe(**(vars(done.recipe) | {"adapter": other})), say=silent)
 
 
 def test_reference_at_each_step_and_computed_before_give_the_same_curve(train, tmp_path):
@@ -141,20 +149,20 @@ def test_every_loss_begins_where_its_formula_says(train, loss, first):
 
 def test_full_training_goes_on_from_a_model_and_leaves_one(tmp_path, train):
     model = letters(tmp_path / "letters", method="full", rank=16) + "/model"
-    made = train(start=None, model=model, method="full")
+    made = train(adapter=None, model=model, method="full")
     assert made["loss"][0][1] == pytest.approx(LOG_2, abs=1e-6)
     assert made["result"] == "model" and made["trained_parameters"] == made["parameters"]
     models.load(str(tmp_path / "run" / "model"))
 
 
 def test_a_new_adapter_on_a_model_has_that_model_as_its_reference(train):
-    made = train(start=None, rank=4)
+    made = train(adapter=None, rank=4)
     assert made["loss"][0][1] == pytest.approx(LOG_2, abs=1e-6) and made["result"] == "adapter"
 
 
 def test_in_4_bits_policy_and_reference_have_the_same_precision(train, tmp_path):
     start = letters(tmp_path / "letters", method="qlora")
-    made = train(start=start)
+    made = train(adapter=start)
     assert made["recipe"]["method"] == "qlora"
     assert made["loss"][0][1] == pytest.approx(LOG_2, abs=1e-6)
 
@@ -202,7 +210,7 @@ def test_useless_pairs_train_nothing(train, jsonl, tmp_path):
     [
         ("dpo", "there is nothing to train on"),
         ("dpo --task extract", "task is 'extract': choose one of reply."),
-        ("dpo --task reply --start nowhere", "nowhere holds no adapter"),
+        ("dpo --task reply --adapter nowhere", "nowhere holds no adapter"),
         ("dpo --task reply --loss ppo", "loss is 'ppo': choose one of sigmoid"),
         ("dpo --task reply --method full", "run `finetune-lab sft --task reply --method full` first"),
         ("dpo none.yaml", "none.yaml cannot be read"),
@@ -238,5 +246,5 @@ def test_without_a_start_the_tiny_model_learns_to_write_letters_first(capsys, tm
     )
     assert main(line.split()) == 0
     made = json.loads(capsys.readouterr().out)
-    assert made["recipe"]["start"] == str(tmp_path / "run-start") and made["recipe"]["rank"] == 2
+    assert made["recipe"]["adapter"] == str(tmp_path / "run-start") and made["recipe"]["rank"] == 2
     assert runs.read(tmp_path / "run-start" / "run.json")["finished"]

@@ -153,7 +153,7 @@ def test_a_broken_loss_stops_the_run(train):
 
 
 def test_peft_changes_a_bf16_adapter_to_fp32_when_a_checkpoint_is_loaded(recipe, tmp_path):
-    """The reason for the first repair in `session.Resuming`: fails when peft no longer does it, and the repair can go."""
+    """The reason for the first repair in `resuming.Resuming`: fails when peft no longer does it, and the repair can go."""
     from peft import PeftModel, get_peft_model
 
     model, _ = models.load("tiny")
