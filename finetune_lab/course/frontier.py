@@ -10,6 +10,7 @@ lies left of that curve (data processing inequality); what a method lies to the 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from finetune_lab.course import plots
@@ -45,19 +46,23 @@ def frontier(points: Mapping[str, Point], start: float, setting: str) -> tuple[F
     shares = [start + (0.999 - start) * i / 60 for i in range(61)]
     ax.plot([least_kl(w, start) for w in shares], [100 * w for w in shares], color=plots.BLACK, linestyle="--")
     ax.annotate(
-        "no policy above", (least_kl(0.93, start), 96), xytext=(-4, 12), textcoords="offset points", ha="center"
+        "no policy above", (least_kl(0.93, start), 100), xytext=(-4, 8), textcoords="offset points", ha="center"
     )
-    for name, point in points.items():
+    ax.plot(0, 100 * start, color=plots.BLACK, marker="D", clip_on=False)
+    ax.annotate("start", (0, 100 * start), xytext=(9, -4), textcoords="offset points")
+    for n, (name, point) in enumerate(points.items()):
         here = name == setting
         colour, marker = (plots.VERMILLION, "s") if here else (plots.BLUE, "o")
         ax.errorbar(
             point.kl[0], 100 * point.good[0], xerr=point.kl[1], yerr=100 * point.good[1],
             color=colour, marker=marker, markersize=8 if here else 5, capsize=2, linestyle="", linewidth=1.2,
         )  # fmt: skip
-        ax.annotate(name, (point.kl[0], 100 * point.good[0]), xytext=(6, -13), textcoords="offset points", color=colour)
-    ax.set_xscale("symlog", linthresh=1)
-    ax.set_xlim(left=0)
-    ax.set_ylim(0, 112)
+        under = (point.kl[0], 100 * (point.good[0] - point.good[1]))
+        ax.annotate(name, under, xytext=(0, -13 - 13 * (n % 3)), textcoords="offset points", color=colour, ha="center")
+    ax.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * x**2))
+    ax.set_xlim(0, 1.7 * max(point.kl[0] for point in points.values()))
+    ax.set_xticks([0, 0.25, 1, 2, 4, 8], ["0", "0.25", "1", "2", "4", "8"])
+    ax.set_ylim(-20, 112)
     ax.set_yticks(range(0, 101, 20))
     return figure, (
         f"{setting}: {100 * chosen.good[0]:.0f} ± {100 * chosen.good[1]:.0f} % good replies (start {100 * start:.0f} %), "
