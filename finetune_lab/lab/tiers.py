@@ -64,6 +64,7 @@ _ASK = {
     "extract": "Write the ticket as one line of JSON with the keys order, product, issue, action.\n",
     "answer": "Answer like this: It is red. ",
     "math": "Answer like this: It is 19. ",
+    "reply": "Answer this letter to a lighting shop in two or three sentences.\n",
 }
 SMALL = Tier(
     name="small",
@@ -71,7 +72,7 @@ SMALL = Tier(
         task: Recipe(steps=40, batch_size=4, lora_lr=5e-4, full_lr=2e-5, items=500)
         for task in ("extract", "answer", "math", "reply")
     }
-    | dict.fromkeys(("dpo", "dpo-start"), Recipe(steps=40, batch_size=4, lora_lr=5e-5, full_lr=1e-6, items=200)),
+    | dict.fromkeys(("dpo", "dpo-start"), Recipe(steps=40, batch_size=4, lora_lr=5e-5, full_lr=5e-6, items=200)),
     test_items=20,
     instruction=_ASK,
     effect_seeds=1,
