@@ -136,14 +136,15 @@ def swept(specialists: list[Weights], seed: int, n: int, lams: Iterable[float]) 
 
 
 def methods(kind: str, seed: int, n: int, share: float, quick: bool) -> dict[str, dict[str, float]]:
-    """Scores of specialists, joint training and merges of one kind, by name."""
+    """Scores of specialists, merges and (full only) joint training of one kind, by name."""
     trained = {skill: specialist(kind, skill, seed, share) for skill in SKILLS}
     own = {skill: weights for skill, (weights, _) in trained.items()}
     three = list(own.values())
     out = {f"specialist {skill}": score(weights, seed, n) for skill, weights in own.items()}
     out |= {f"specialist {s}": out[f"specialist {s}"] | {"story perplexity": stories(own[s], seed, n)} for s in SKILLS}
-    ceiling = joint(seed, share)
-    out["joint"] = score(ceiling, seed, n) | {"story perplexity": stories(ceiling, seed, n)}
+    if kind == "full":
+        ceiling = joint(seed, share)
+        out["joint"] = score(ceiling, seed, n) | {"story perplexity": stories(ceiling, seed, n)}
     out |= swept(three, seed, n, LAMS[1:3] if quick else LAMS)
     for density in DENSITIES[:1] if quick else DENSITIES:
         weights = onto_base(base()[2], lambda taus, d=density: merging.ties(taus, d), three)
