@@ -27,17 +27,20 @@ def curve(report: dict) -> Figure:
 def _losses(axes: Axes, report: dict) -> None:
     steps, values = zip(*report["loss"], strict=True)
     axes.plot(steps, values, color=BLUE, linewidth=1.2)
-    axes.annotate(" training", (steps[-1], values[-1]), color=BLUE, va="bottom", annotation_clip=False)
+    side = "bottom"
     if report["held_out_loss"]:
         at, held = zip(*report["held_out_loss"], strict=True)
+        side = "bottom" if values[-1] >= held[-1] else "top"  # each label on its own side
         axes.plot(at, held, color=VERMILLION, marker="s", markersize=5, linewidth=1.5)
-        axes.annotate(" held out", (at[-1], held[-1]), color=VERMILLION, va="top", annotation_clip=False)
+        other = "top" if side == "bottom" else "bottom"
+        axes.annotate(" held out", (at[-1], held[-1]), color=VERMILLION, va=other, annotation_clip=False)
+    axes.annotate(" training", (steps[-1], values[-1]), color=BLUE, va=side, annotation_clip=False)
     axes.set_title(f"Loss from {values[0]:.3g} to {report['final_loss']:.3g} in {steps[-1]} steps", loc="left")
     unit = "nats a token" if report["trainer"] == "sft" else report["recipe"]["loss"]
     axes.set(ylabel=f"loss ({unit})")
     if report["recipe"]["loss"] in ("sigmoid", "sigmoid_norm"):
         axes.axhline(math.log(2), color="black", linewidth=0.8, linestyle=":")
-        axes.annotate("log 2: no preference", (steps[0], math.log(2)), va="bottom", fontsize=8)
+        axes.annotate("log 2: no preference", (steps[-1], math.log(2)), ha="right", va="top", fontsize=8)
     shown = [value for row in (report["loss"], report["held_out_loss"]) for _, value in row]
     if min(shown) > 0 and max(shown) > 30 * min(shown):
         axes.set(yscale="log", ylabel=f"loss ({unit}), log scale")

@@ -127,6 +127,9 @@ def _curve(report: dict) -> list[str]:
     alt = f"Training loss goes from {first:.3g} to {last:.3g} in {report['loss'][-1][0]} steps."
     if report["held_out_loss"]:
         alt += f" Held-out loss ends at {report['held_out_loss'][-1][1]:.3g}."
+    if report["rewards"]:
+        _, chosen, rejected = report["rewards"][-1]
+        alt += f" Rewards end at {chosen:.2g} for the chosen and {rejected:.2g} for the rejected answers."
     return [f"![{alt}](curve.png)", ""]
 
 

@@ -22,6 +22,7 @@ from finetune_lab.lab.finetune.score import answer_logps, said_to
 from finetune_lab.methods.preference import implicit_rewards, reward_accuracy
 
 MEANING = {
+    "good": "share of answers that keep the shop's rule: courteous, short, nothing invented, the customer's wish named",
     "accuracy": "share of pairs whose better answer has the higher reward, beta (log pi - log ref); 50 % before training",
     "margin": "mean reward of the better answers minus that of the others",
     "likelier": "share of pairs whose better answer the model finds likelier as it is, without a reference",
