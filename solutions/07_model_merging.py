@@ -285,13 +285,13 @@ predict.number("07-p3", guess, actual=100 * merging.sign_conflicts(pairs["their 
 
 # %%
 couples = [("extract", "answer"), ("extract", "math"), ("answer", "math")]
-plots.show(*merge_plots.conflicts(taus, couples))
+print(merge_plots.conflicts(taus, couples))
 for one, two in couples:
     x, y = (torch.cat([taus[s][name].flatten() for name in matrices]) for s in (one, two))
     print(f"cosine of the task vectors {one} and {two}: {torch.cosine_similarity(x, y, dim=0):+.3f}")
 
 # %% [markdown]
-# Half the signs differ, as if drawn by coins: nearly orthogonal vectors. (`answer` and `math`, which both say "It is ...",
+# Half the signs differ in every layer, as if drawn by coins: nearly orthogonal vectors. (`answer` and `math`, which both say "It is ...",
 # are a little alike.) Most of these conflicts are between tiny numbers. What if only the large entries counted?
 #
 # ## TIES
@@ -386,16 +386,14 @@ for one, two in (("peft", "paper"), ("peft", "mergekit"), ("mergekit", "paper"))
 
 # %%
 DENSITIES = ["0.05", "0.1", "0.2", "0.5", "1.0"]
-names = [f"full, TIES density={density}" for density in DENSITIES]
-series = {skill: (names, skill) for skill in SKILLS}
-plots.show(*merge_plots.sweep("TIES at lam = 1", "density (share kept)", DENSITIES, series))
+table(*(f"full, TIES density={density}" for density in DENSITIES), measures=(*SKILLS, "kept"))
 names = {way: [f"full, {way} lam={lam}" for lam in LAMS] for way in ("task arithmetic", "TIES 0.2", "TIES 0.5")}
 series = {way: (rows, "kept") for way, rows in names.items()}
 plots.show(*merge_plots.sweep("What is kept of the specialists, by scale", "scale lam", LAMS, series, "kept (%)"))
 
 # %% [markdown]
 # At $\lambda = 1$ the paper's 20 % keeps less than 50 % does here; with everything kept (density 1: election alone) it is no
-# worse than that. The lower picture is the fair one: each method over its scales, as the mean share of the specialists'
+# worse than that. The picture is the fair comparison: each method over its scales, as the mean share of the specialists'
 # skills. The curves are shifted against each other, and their peaks are not apart. TIES does not beat a well-scaled sum here;
 # what it does is to put the best scale near 1, where the sum has it at a half.
 #
@@ -548,12 +546,6 @@ for row in [*(f"full, {way} chosen" for way in WAYS), "full, joint"]:
     print(
         f"{row:34} story perplexity {found(row, 'story perplexity')[0]:.2f} ± {found(row, 'story perplexity')[1]:.2f}"
     )
-bars = {"average": "task arithmetic lam=0.33", "sum": "task arithmetic chosen", "TIES 0.5": "TIES 0.5 chosen",
-        "DARE": "DARE 0.9 chosen", "DARE-TIES": "DARE-TIES 0.9 chosen", "joint": "joint"}  # fmt: skip
-values, spreads = ({label: 100 * found(f"full, {row}", "kept")[i] for label, row in bars.items()} for i in (0, 1))
-figure = plots.bars(values, "What is kept of three skills", "of the specialists' (%)", errors=spreads)
-said = ", ".join(f"{label} {value:.0f} ± {spreads[label]:.0f}" for label, value in values.items())
-plots.show(figure, alt=f"Percent of the specialists' skills kept: {said}.")
 
 # %% [markdown]
 # Read it with the spreads. No method is apart from a well-scaled sum. All but DARE beat the plain average clearly. Joint
@@ -572,16 +564,14 @@ plots.show(figure, alt=f"Percent of the specialists' skills kept: {said}.")
 # %%
 COUNTS = ["1", "2", "3", "5", "10"]
 ways = ("task arithmetic", "TIES 0.2", "DARE 0.9")
-series = {way: ([f"{n} models, {way}" for n in COUNTS], "codes known") for way in ways}
-plots.show(*merge_plots.sweep("Every further model costs", "models merged", COUNTS, series, "codes known (%)"))
 for way in ways:
-    table(*series[way][0], measures=["codes known"])
+    table(*(f"{count} models, {way}" for count in COUNTS), measures=["codes known"])
 
 # %% [markdown]
-# Not ten, not even two: of 98 % known codes 4 to 6 % are left. Facts that must be *exact* are stored in small, precise changes,
+# Not ten, not even two: 3 to 6 % of the codes are left where one model knows nearly all of its own. Facts that must be *exact* are stored in small, precise changes,
 # and another vector of the same kind is noise to them. The three skills above survive because they re-use what the base
 # knows. What
-# merges depends on the task far more than on the method (2601.06672: on what the base knows of it).
+# can be merged depends on the task far more than on the method (2601.06672: on what the base knows of it).
 #
 # ## Explore: one merge, six sliders
 # Your three specialists, merged anew at each move by the function behind `finetune-lab merge`. Weights count for all but

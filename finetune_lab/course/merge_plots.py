@@ -43,7 +43,7 @@ def sweep(
 
     xs: the setting's values; series: label -> (the row name at each value, measure).
     """
-    figure, ax = plots.axes(title, x, y, size=(5.6, 2.8))
+    figure, ax = plots.axes(title, x, y, size=(4.9, 2.4))
     said = []
     for (label, (names, measure)), colour, marker in zip(series.items(), plots.COLOURS, plots.MARKERS, strict=False):
         means, sds = zip(*(found(name, measure) for name in names), strict=True)
@@ -51,7 +51,7 @@ def sweep(
         ax.errorbar(range(len(xs)), height, yerr=spread, color=colour, marker=marker, capsize=3, label=label)
         said.append(f"{label} " + ", ".join(f"{v:.0f}" for v in height))
     ax.set_xticks(range(len(xs)), xs)
-    ax.set_ylim(-5, 110)
+    ax.set_ylim(-5, 128)
     ax.legend(fontsize=8)
     return figure, f"{title}. Percent at {x} {', '.join(xs)}: " + "; ".join(said) + "."
 
@@ -105,7 +105,7 @@ def slice_of_loss(
     plane = Plane(*three)
     xs, ys = (torch.linspace(-0.2, 1.2, steps) * size for size in (plane.width, plane.height))
     ground = torch.tensor([[loss(plane.point(x, y, three[0])) for x in xs.tolist()] for y in ys.tolist()])
-    figure, ax = plots.axes(title, "", "", size=(5.2, 3.6))
+    figure, ax = plots.axes(title, "", "", size=(4.3, 2.9))
     ax.clabel(ax.contour(xs, ys, ground, levels=8, colors=plots.BLACK, linewidths=0.8), fontsize=7)
     for (name, weights), marker, colour in zip(marks.items(), plots.MARKERS, plots.COLOURS, strict=False):
         spot = plane.place(weights)
@@ -119,25 +119,21 @@ def slice_of_loss(
     )
 
 
-def conflicts(taus: Mapping[str, Weights], pairs: Sequence[tuple[str, str]], most: int = 6) -> tuple[Figure, str]:
-    """(figure, alt): share of entries with opposite signs in each layer, of all and of the largest 20 % of each."""
+def conflicts(taus: Mapping[str, Weights], pairs: Sequence[tuple[str, str]], most: int = 6) -> str:
+    """Percent of the entries with opposite signs, a line a layer: of all, and of the largest 20 % of each in brackets."""
     names = [name for name in next(iter(taus.values())) if ".layers." in name]
     layers = sorted({int(name.split(".layers.")[1].split(".")[0]) for name in names})
-    layers = layers[:: math.ceil(len(layers) / most)]
-    title = "Signs disagree like coins; few large entries meet"
-    figure, ax = plots.axes(title, "layer", "entries in conflict (%)", (5.6, 2.9))
-    said = []
-    for (one, two), colour, marker in zip(pairs, plots.COLOURS, plots.MARKERS, strict=False):
-        for density, line, kind in ((1.0, "-", "all entries"), (0.2, "--", "largest 20 %")):
-            shares = []
-            for layer in layers:
-                inside = [name for name in names if f".layers.{layer}." in name and taus[one][name].ndim == 2]
-                both = [torch.cat([merging.trim(taus[s][n], density).flatten() for n in inside]) for s in (one, two)]
-                shares.append(100 * merging.sign_conflicts(both))
-            label = f"{one}, {two}" if line == "-" else None
-            ax.plot(layers, shares, color=colour, marker=marker, linestyle=line, label=label)
-            said.append(f"{one} and {two}, {kind}: {min(shares):.0f} to {max(shares):.0f}")
-    ax.set(xticks=layers, ylim=(0, 60))
-    ax.text(layers[0], 12, "dashed: the largest 20 % of each task vector", fontsize=8)
-    ax.legend(fontsize=8, loc="center")
-    return figure, "Percent of entries with opposite signs, layer by layer. " + "; ".join(said) + "."
+    lines = []
+    for layer in layers[:: math.ceil(len(layers) / most)]:
+        inside = [n for n in names if f".layers.{layer}." in n and taus[pairs[0][0]][n].ndim == 2]
+        cells = []
+        for pair in pairs:
+            of_all, of_large = (
+                merging.sign_conflicts(
+                    [torch.cat([merging.trim(taus[s][n], d).flatten() for n in inside]) for s in pair]
+                )
+                for d in (1.0, 0.2)
+            )
+            cells.append(f"{' and '.join(pair)} {100 * of_all:.0f} ({100 * of_large:.0f})")
+        lines.append(f"layer {layer:2}, % in conflict: " + ", ".join(cells))
+    return "\n".join(lines)
