@@ -18,7 +18,7 @@ def register(subparsers) -> None:
     """Add the command `dpo` to the command line."""
     from finetune_lab.lab.finetune.dpo_recipe import DpoRecipe
 
-    line = "train a model on preferences (DPO, IPO, KTO), and get a report"
+    line = "train on preferences (DPO, IPO, KTO), and get a report"
     parser = subparsers.add_parser(
         "dpo", help=line, description=line, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
