@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -248,3 +250,15 @@ def test_without_a_start_the_tiny_model_learns_to_write_letters_first(capsys, tm
     made = json.loads(capsys.readouterr().out)
     assert made["recipe"]["adapter"] == str(tmp_path / "run-start") and made["recipe"]["rank"] == 2
     assert runs.read(tmp_path / "run-start" / "run.json")["finished"]
+
+
+def test_check_imports_nothing_that_trains():
+    """TRL, peft and bitsandbytes take seconds of CPU to import, and a look at the data needs none of them."""
+    code = (
+        "import sys; from finetune_lab.cli import main\n"
+        "for command in ('sft', 'dpo'):\n"
+        "    assert main([command, '--task', 'reply', '--items', '4', '--check']) == 0\n"
+        "print(sorted({'trl', 'peft', 'bitsandbytes', 'datasets', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
