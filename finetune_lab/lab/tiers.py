@@ -55,7 +55,8 @@ TINY = Tier(
         "math": Recipe(steps=300, batch_size=16, lora_lr=1e-3, full_lr=3e-4, items=4000),
         "reply": Recipe(steps=60, batch_size=8, lora_lr=4e-3, full_lr=1.5e-3, items=600),
         "dpo": Recipe(steps=24, batch_size=8, lora_lr=1e-3, full_lr=1e-4, items=400),
-        "dpo-start": Recipe(steps=40, batch_size=8, lora_lr=1e-4, full_lr=1e-4, items=400),  # an adapter that goes on
+        # for beta 0.1 and weights that have learnt already: an adapter that goes on, or the whole model
+        "dpo-start": Recipe(steps=40, batch_size=8, lora_lr=1e-4, full_lr=3e-5, items=400),
     },
     test_items=200,
     instruction={},

@@ -85,8 +85,8 @@ class DpoRecipe(Recipe):
             )
 
     def kind(self) -> str:
-        """The row of `lab.tiers`: a new adapter (B = 0) takes a higher rate than one that has learnt already."""
-        return "dpo-start" if self.adapter else "dpo"
+        """The row of `lab.tiers`: a new adapter (B = 0) takes a higher rate than weights that have learnt already."""
+        return "dpo-start" if self.adapter or self.method == "full" else "dpo"
 
     def usual(self, tier: tiers.Tier) -> tiers.Recipe:
         """Preference training has rates of its own, whatever the data."""

@@ -88,7 +88,7 @@ def session(
 ) -> dict:
     """Train, or go on, and return the report. scorer: None when nothing is held out. load: gives the untrained model.
 
-    fresh: put an older run in the same folder aside. on_step(step, loss): for live curves. say: gets each line of text.
+    fresh: put an older run in the same folder aside. on_step(step, loss): for live curves, instead of the bar. say: gets each line of text.
     Raises UserError for another run in the folder, a loss that is no number, a full GPU.
     """
     folder, first = Path(found.recipe.out).expanduser(), rank() == 0
@@ -136,7 +136,7 @@ def _train(found: Preflight, make_trainer: MakeTrainer, scorer, load: Loader, fo
     clock = watch.Complete(past.get("seconds", 0.0))
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    for callback in (watch.Finite(), watch.Bar(), clock, *([watch.Steps(on_step)] if on_step else [])):
+    for callback in (watch.Finite(), clock, watch.Steps(on_step) if on_step else watch.Bar()):
         trainer.add_callback(callback)
     if first and checkpoint:
         say(f"going on from step {past['step']} of {found.total_steps}")
