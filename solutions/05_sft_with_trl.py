@@ -53,9 +53,9 @@ def right(model, items: list[dict] = held_out) -> float:
 
 # %% [markdown]
 # ## The problem in one number
-# Tickets shall become JSON. The base model does not know how. A script from public notes promises a fine-tune with TRL: a 3B
-# model, LoRA, 1,000 samples. Its API lines, and those of its neighbours, stand below, retold for our model. How many of these
-# twelve still run?
+# Tickets shall become JSON. The base model does not know how. A script from public notes promises a fine-tune with TRL: a
+# 3B model, LoRA, 1,000 samples. Its API lines, and those of its neighbours, stand below, retold for our model. How many of
+# these twelve still run?
 
 # %%
 from datasets import Dataset, disable_progress_bars
@@ -114,9 +114,9 @@ print(f"\ntickets right before training: {right(base):.0f} %")
 # | `trl.PPOTrainer`, `trl.ORPOTrainer` | gone; ORPO, CPO, GKD live in `trl.experimental` |
 #
 # ## The script, right: the library that people use
-# Messages in, adapter out. `QUIET` is only for these pages: no bars, no reports, nothing on disk. Then look at what the trainer was
-# given: which tokens count for a ticket as `prompt` + `completion`, as `messages` with `assistant_only_loss`, and as `messages`
-# with the default settings?
+# Messages in, adapter out. `QUIET` is only for these pages: no bars, no reports, nothing on disk. Then look at what the
+# trainer was given: which tokens count for a ticket as `prompt` + `completion`, as `messages` with `assistant_only_loss`,
+# and as `messages` with the default settings?
 
 # %%
 QUIET = {"report_to": [], "disable_tqdm": True, "use_cpu": base.device.type == "cpu", "bf16": False,
@@ -204,7 +204,7 @@ for is_lora in (False, True):
         logged = [row for row in theirs.state.log_history if "loss" in row]
         gap = {key: max(abs(a[key] - b[key]) / b[key] for a, b in zip(logged, ours, strict=True))
                for key in ("loss", "grad_norm")}  # fmt: skip
-        print(f"{'LoRA' if is_lora else 'full'}, {4 // micro} micro-batches of {micro}: largest relative difference "
+        print(f"{'LoRA' if is_lora else 'full'}, {4 // micro} x {micro} sequences: largest relative difference "
               f"of loss {gap['loss']:.0e}, of gradient norm {gap['grad_norm']:.0e}")  # fmt: skip
 
 # %% [markdown]
@@ -248,8 +248,8 @@ update = check.update(update)
 
 # %% [markdown]
 # ## Effective batch and accumulation
-# Effective batch = sequences a micro-batch × accumulation × processes. It costs memory only for one micro-batch, and changes
-# nothing else, if the average is right. First one update of yours, then five seeds, recorded by `finetune-lab bench
+# Effective batch = sequences a micro-batch × accumulation × processes. It costs memory only for one micro-batch, and
+# changes nothing else, if the average is right. First one update of yours, then five seeds, recorded by `finetune-lab bench
 # sft_effects --record`, as all "recorded" figures below: always on the tiny model.
 
 # %%
@@ -282,15 +282,15 @@ tell("largest distance", "4 x 4 against 16 x 1", "4 x 4, mean of means against 1
 tell("held-out loss, exact match", *(f"full lr=0.001{more}" for more in (" batch 4", "", " batch 64")))
 
 # %% [markdown]
-# Micro-batches change nothing; the wrong average does (by one percent already on these answers of equal kind). And the batch itself? The
-# same 640 samples in batches of 4 teach most, in batches of 64 least: fewer steps at the same rate. So compare at equal steps
-# and rate, or tune the rate anew.
+# Micro-batches change nothing; the wrong average does (by one percent already here, where all answers are short). And the
+# batch itself? The same 640 samples in batches of 4 teach most, in batches of 64 least: fewer steps at the same rate. So
+# compare at equal steps and rate, or tune the rate anew.
 #
 # ## Learning rate
-# The most important number. Full fine-tuning of a 7B model takes about 1e-5 to 2e-5, LoRA about ten times that (2e-4), small
-# models far more. TRL's default is 2e-5 for SFT, *whatever the method*. Here a sweep from too low to broken, on the questions of
-# lesson 03, 40 steps. At four times its best rate LoRA still answers more than nine of ten questions. What has become of the base's
-# stories: which perplexity (it was 2.3)?
+# The most important number. Full fine-tuning of a 7B model takes about 1e-5 to 2e-5, LoRA about ten times that (2e-4),
+# small models far more. TRL's default is 2e-5 for SFT, *whatever the method*. Here a sweep from too low to broken, on the
+# questions of lesson 03, 40 steps. At four times its best rate LoRA still answers more than nine of ten questions. What has
+# become of the base's stories: which perplexity (it was 2.3)?
 
 # %%
 # BEGIN SOLUTION
@@ -313,13 +313,14 @@ for name, rates in SWEEP.items():
     tell("exact match, sums kept, story perplexity", *(f"{name} lr={rate}" for rate in rates))
 
 # %% [markdown]
-# The window is narrow. At a quarter of the right rate the 40 steps do not suffice. At four times of it full fine-tuning gets worse,
-# LoRA still answers, and *both* have forgotten the stories and the sums: so a sweep must also watch what shall stay. LoRA's window
-# lies a few times higher than that of full fine-tuning. "Above 5e-4 LoRA is almost surely unstable": here 5e-4 is too low.
+# The window is narrow. At a quarter of the right rate the 40 steps do not suffice. At four times of it full fine-tuning
+# gets worse, LoRA still answers, and *both* have forgotten the stories and the sums: so a sweep must also watch what shall
+# stay. LoRA's window lies a few times higher than that of full fine-tuning. "Above 5e-4 LoRA is almost surely unstable":
+# here 5e-4 is too low.
 #
 # ## Warm-up and schedule
-# A schedule says which share of the peak rate a step uses. Warm-up protects the first steps, when Adam's averages rest on few
-# gradients; the decay lets the weights settle.
+# A schedule says which share of the peak rate a step uses. Warm-up protects the first steps, when Adam's averages rest on
+# few gradients; the decay lets the weights settle.
 # ### Exercise 5.2 · Cosine with warm-up (10 minutes)
 # As transformers': up in a straight line, then half a cosine down to 0. Steps count from 0.
 
@@ -363,8 +364,8 @@ Explorer(draw, alt="Share of the peak rate along the run.", shape=Dropdown(optio
          steps=IntSlider(189, 20, 500), warmup=FloatSlider(0.03, min=0, max=1, step=0.01))  # fmt: skip
 
 # %% [markdown]
-# Two surprises. The first step of a warm-up has rate 0: it changes nothing. And notes say "100 to 500 steps of warm-up for small
-# data". Their own recipe has 1,000 samples, batches of 4, accumulation 4, three epochs, warm-up 3 %.
+# Two surprises. The first step of a warm-up has rate 0: it changes nothing. And notes say "100 to 500 steps of warm-up for
+# small data". Their own recipe has 1,000 samples, batches of 4, accumulation 4, three epochs, warm-up 3 %.
 # ### Exercise 5.3 · How long is the run? (5 minutes)
 # How many optimizer steps? A last, smaller window of an epoch is used. Then guess which percentage of them 100 steps of
 # warm-up would be.
@@ -387,13 +388,14 @@ tell("held-out loss, exact match, story perplexity", *(f"full lr={lr}{more}" for
      "full lr=0.001 constant", "full lr=0.001 cosine")  # fmt: skip
 
 # %% [markdown]
-# At the right rate no score is apart, from no warm-up to one as long as the whole run, whatever the shape. What differs is what
-# is forgotten: a constant rate keeps least of the stories, a warm-up to the very end most. At four times the rate, half a run of
-# warm-up is *worse* than a tenth. (The few percent of the recipes come from large models, which no cell here has.)
+# At the right rate no score is apart, from no warm-up to one as long as the whole run, whatever the shape. What differs is
+# what is forgotten: a constant rate keeps least of the stories, a warm-up to the very end most. At four times the rate,
+# half a run of warm-up is *worse* than a tenth. (The few percent of the recipes come from large models, which no cell here
+# has.)
 #
 # ## Epochs and over-fitting
-# "A training loss below 0.2 means over-fitting: stop." Does it? Three tasks, 32 items each, up to twenty epochs: our tickets, the
-# questions of lesson 03, and its invented codes, which nobody can know for a held-out question.
+# "A training loss below 0.2 means over-fitting: stop." Does it? Three tasks, 32 items each, up to twenty epochs: our
+# tickets, the questions of lesson 03, and its invented codes, which nobody can know for a held-out question.
 
 # %%
 TASKS = {"tickets": (1, 2, 5, 10), "answers": (1, 2, 5, 10, 20), "codes": (1, 2, 5, 10, 20)}
@@ -414,14 +416,15 @@ tell("training loss, held-out loss, exact match", "tickets, each seen once",
      *(f"{task}, 32 items, epoch {n}" for task, epochs in TASKS.items() for n in (5, epochs[-1])))  # fmt: skip
 
 # %% [markdown]
-# The tickets: training and held-out loss fall together to 0.001, every answer is right. JSON that is copied from a ticket has next to no
-# entropy, so a loss far below 0.2 is simply right. The questions: a wide gap, and yet the held-out loss still falls and no score is lost. The
-# codes: training falls below 0.2 while the held-out loss *rises* from about 1.1 to more than 2 nats: learnt by heart. No
-# threshold tells these apart; the held-out curve does, beside the score.
+# The tickets: training and held-out loss fall together to 0.001, every answer is right. JSON that is copied from a ticket
+# has next to no entropy, so a loss far below 0.2 is simply right. The questions: a wide gap, and yet the held-out loss
+# still falls and no score is lost. The codes: training falls below 0.2 while the held-out loss *rises* from about 1.1 to
+# more than 2 nats: learnt by heart. No threshold tells these apart; the held-out curve does, beside the score.
 #
 # ## Weight decay and clipping
-# Two arguments that people copy. What does weight decay 0.01 do to a LoRA of the notes' recipe: rate 2e-4, 189 steps? Each step
-# takes rate × decay of every weight away. And clipping: does it slow training down if every gradient is 1,000 times too long?
+# Two arguments that people copy. What does weight decay 0.01 do to a LoRA of the notes' recipe: rate 2e-4, 189 steps? Each
+# step takes rate × decay of every weight away. And clipping: does it slow training down if every gradient is 1,000 times
+# too long?
 
 # %%
 shares = [cosine(step, run_steps, 6) for step in range(run_steps)]
@@ -455,17 +458,17 @@ tell("held-out loss, exact match, story perplexity", "full lr=0.004", "full lr=0
      "LoRA lr=0.002 decay 10")  # fmt: skip
 
 # %% [markdown]
-# AdamW divides by the gradient's own size, so a constant factor cancels: clipping is not about the size of *all* steps, but about
-# outliers. Even at a rate that breaks, clipping at 1 is not apart from none; only at 0.1 is the held-out loss lower. Decay 0.1
-# changes nothing. A decay of 10 shows what it would do: it pulls weights to zero. Under full fine-tuning that costs stories; under
-# LoRA the *update* is pulled to zero, so the base comes back.
+# AdamW divides by the gradient's own size, so a constant factor cancels: clipping is not about the size of *all* steps, but
+# about outliers. Even at a rate that breaks, clipping at 1 is not apart from none; only at 0.1 is the held-out loss lower.
+# Decay 0.1 changes nothing. A decay of 10 shows what it would do: it pulls weights to zero. Under full fine-tuning that
+# costs stories; under LoRA the *update* is pulled to zero, so the base comes back.
 #
 # ## Packing
 # Padding is paid for and thrown away. Packing lays samples end to end: `bfd` (best fit decreasing) keeps samples whole,
-# `wrapped` cuts them at the border. `padding_free=True` packs what happens to be in one batch. The trap: samples are apart only
-# with position ids *and no attention mask*. A mask of ones, or a cache, lets them read each other (recorded below: logits move by
-# 20). Look at TRL's batches below: `bfd` and `padding_free` do it right; `wrapped` gives a mask and no positions, so there
-# neighbours do mix.
+# `wrapped` cuts them at the border. `padding_free=True` packs what happens to be in one batch. The trap: samples are apart
+# only with position ids *and no attention mask*. A mask of ones, or a cache, lets them read each other (recorded below:
+# logits move by 20). Look at TRL's batches below: `bfd` and `padding_free` do it right; `wrapped` gives a mask and no
+# positions, so there neighbours do mix.
 # ### Exercise 5.4 · Token efficiency (5 minutes)
 
 
@@ -519,8 +522,8 @@ for name, settings in ways.items():
 
 # %% [markdown]
 # ## Maximum length
-# TRL cuts rows at `max_length` (1,024 by default) and drops those that keep no label, without a word. Choose the length from
-# your data.
+# TRL cuts rows at `max_length` (1,024 by default) and drops those that keep no label, without a word. Choose the length
+# from your data.
 # ### Exercise 5.5 · What is cut off (10 minutes)
 
 
@@ -555,8 +558,9 @@ print(silent.no_labelled_token(examples), silent.answer_cut_off(examples, short)
 
 # %% [markdown]
 # ## Checkpointing and compiling
-# Activation checkpointing keeps each layer's input only and computes the rest again in the backward pass. `torch_compile=True`
-# pays once, at the first step, for faster ones later; recorded by `finetune-lab bench levers`, on two layers.
+# Activation checkpointing keeps each layer's input only and computes the rest again in the backward pass.
+# `torch_compile=True` pays once, at the first step, for faster ones later; recorded by `finetune-lab bench levers`, on two
+# layers.
 
 # %%
 model, micro = load(seed=0)[0].train(), train.collate(train.encode(tokenizer, tickets[:8]), 0)
@@ -580,8 +584,8 @@ print(
 
 # %% [markdown]
 # ## bf16, fp16 and loss scaling
-# bf16 has the range of fp32 and needs nothing. fp16 ends at 6e-8 below and at 65,504 above: small gradients become zero. Which share
-# of the real gradients of our model is lost?
+# bf16 has the range of fp32 and needs nothing. fp16 ends at 6e-8 below and at 65,504 above: small gradients become zero.
+# Which share of the real gradients of our model is lost?
 
 # %%
 from finetune_lab.methods.loss_scaling import fp16_losses
@@ -633,8 +637,8 @@ DynamicScaler = check.DynamicScaler(DynamicScaler)
 # %% [markdown]
 # ## NEFTune
 # Noise on the embeddings while training (2310.05914): $e' = e + \frac{\alpha}{\sqrt{Ld}}\,u$, every entry of $u$ uniform in
-# $(-1, 1)$, $L$ tokens of $d$ numbers. One note has a Gaussian of variance $\alpha^2/\sqrt{Ld}$ in its formula and
-# another one in its code; a third has it right. The notes also *wrap* the embedding, which hides `.weight`: a tied head and
+# $(-1, 1)$, $L$ tokens of $d$ numbers. One note has a Gaussian of variance $\alpha^2/\sqrt{Ld}$ in its formula and another
+# one in its code; a third has it right. The notes also *wrap* the embedding, which hides `.weight`: a tied head and
 # resizing lose it. transformers uses a forward hook, and so do we. In TRL it is one argument, `neftune_noise_alpha=5`.
 # ### Exercise 5.7 · The noise (5 minutes)
 
@@ -697,13 +701,15 @@ tell("held-out loss, exact match, story perplexity", *(f"{method}{noise}" for me
                                                        for noise in ("", " NEFTune 5", " NEFTune 15")))  # fmt: skip
 
 # %% [markdown]
-# On the questions alpha = 5 helps full fine-tuning (98 against 94 % right), LoRA not beyond the spread; alpha = 15 halves LoRA's score:
-# in a short row of a narrow model the noise is as large as the embeddings. And it prevents no forgetting: the stories get better nowhere, with alpha = 15 much worse. The paper's gain is in chat answers that a judge
-# compares (AlpacaEval, LLaMA-2-7B: 29.8 to 64.7 %); benchmarks did not move.
+# On the questions alpha = 5 helps full fine-tuning (98 against 94 % right), LoRA not beyond the spread; alpha = 15 halves
+# LoRA's score: in a short row of a narrow model the noise is as large as the embeddings. And it prevents no forgetting: the
+# stories get better nowhere, with alpha = 15 much worse. The paper's gain is in chat answers that a judge compares
+# (AlpacaEval, LLaMA-2-7B: 29.8 to 64.7 %); benchmarks did not move.
 #
 # ## Evaluate, save, resume
 # `eval_dataset` and `eval_strategy` measure the held-out loss while training (`load_best_model_at_end` keeps the best); a
-# callback sees every event; a checkpoint holds weights, optimizer, schedule and random state. Stop after three steps of six and go on: is it the same run?
+# callback sees every event; a checkpoint holds weights, optimizer, schedule and random state. Stop after three steps of six
+# and go on: is it the same run?
 
 # %%
 saving = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": recipe.lora_lr, "save_strategy": "steps",
@@ -721,7 +727,8 @@ print("resumed run ends with the same weights, bit for bit:", same)
 print("in a checkpoint:", ", ".join(sorted(path.name for path in checkpoint.iterdir())))
 
 # %% [markdown]
-# Three of those files are pickles (`.pt`, `.pth`, `.bin`): load checkpoints of your own only, and give away the safetensors.
+# Four of those files are pickles (`.pt`, `.pth`, `.bin`): load checkpoints of your own only, and give away the
+# safetensors.
 #
 # ## Use it: same template, same base, or merged
 # Save the adapter, load it, ask. The notes ask with the bare text, and on another base than the one that was trained.
@@ -755,9 +762,9 @@ print("eos alone as stop:", tokenizer.decode(endless[0])[-70:])
 
 # %% [markdown]
 # ## More than one process
-# `torchrun --nproc-per-node 2 -m finetune_lab sft --task extract` trains with DDP, on CPUs too. Our loop also runs with ZeRO-1 and
-# FSDP2 (`python -m torch.distributed.run --nproc-per-node 2 -m finetune_lab.lab.distributed --mode fsdp2`). What each of two processes
-# keeps, recorded by `finetune-lab bench distributed`:
+# `torchrun --nproc-per-node 2 -m finetune_lab sft --task extract` trains with DDP, on CPUs too. Our loop also runs with
+# ZeRO-1 and FSDP2 (`python -m torch.distributed.run --nproc-per-node 2 -m finetune_lab.lab.distributed --mode fsdp2`). What
+# each of two processes keeps, recorded by `finetune-lab bench distributed`:
 
 # %%
 for mode in ("ddp", "zero1", "fsdp2"):
@@ -770,10 +777,11 @@ print(silent.fsdp_without_gpu(cuda=False, environment={"ACCELERATE_USE_FSDP": "t
 
 # %% [markdown]
 # ## Your own data, one command
-# `finetune-lab sft --data my.jsonl --hold-out 0.2` is thin: it checks everything first, lets TRL train, writes a report. Killed
-# and started again it goes on; `finetune-lab generate` asks base, adapter and merged model side by side. In a notebook the same
-# is a function. (Other front ends, November 2026: Axolotl and LLaMA-Factory are YAML over the same libraries, with FSDP;
-# Unsloth has its own kernels, for several GPUs too; torchtune has not been developed since July 2025.)
+# `finetune-lab sft --data my.jsonl --hold-out 0.2` is thin: it checks everything first, lets TRL train, writes a report.
+# Killed and started again it goes on; `finetune-lab generate` asks base, adapter and merged model side by side. In a
+# notebook the same is a function. (Other front ends, November 2026: Axolotl and LLaMA-Factory are YAML over the same
+# libraries, with FSDP; Unsloth has its own kernels, for several GPUs too; torchtune has not been developed since July
+# 2025.)
 
 # %%
 from finetune_lab.lab.finetune.recipe import SftRecipe
@@ -790,10 +798,10 @@ print("\n".join((own.parent / "run" / "report.md").read_text(encoding="utf-8").s
 
 # %% [markdown]
 # ## Silent failures
-# Each raises no error: the loss falls, and the model is wrong. Each is a function of `finetune_lab.lab.finetune.silent`, and the
-# command asks them all before it trains. You met rows without a label and cut answers above. Now a template that closes its marks
-# before the end of the turn; padding that ends a turn; a template without marks; two BOS (harmless here, as the losses say);
-# rates, warm-up and leaks.
+# Each raises no error: the loss falls, and the model is wrong. Each is a function of `finetune_lab.lab.finetune.silent`,
+# and the command asks them all before it trains. You met rows without a label and cut answers above. Now a template that
+# closes its marks before the end of the turn; padding that ends a turn; a template without marks; two BOS (harmless here,
+# as the losses say); rates, warm-up and leaks.
 
 # %%
 early = copy.deepcopy(tokenizer)
@@ -832,15 +840,15 @@ print(f"held-out loss of the tuned model: one BOS {losses[0]:.4f}, two {losses[1
 
 # %%
 for method, lr in (("lora", 2e-5), ("full", 2e-4), ("lora", 2e-4)):
-    print(f"{method} {lr:g} on 8B:", silent.rate_out_of_range(method, lr, 8_000_000_000))
+    print(f"{method} {lr:g}:", silent.rate_out_of_range(method, lr, parameters=600_000_000))
 print(silent.warmup_too_long(100, run_steps))
 prompts = [item["prompt"][-1]["content"] for item in tickets]
 print(silent.same_in_both(prompts, prompts[:10] + [item["prompt"][-1]["content"] for item in held_out]))
 
 # %% [markdown]
 # ## The loss does not go down
-# Do not guess: divide. Over-fit *one* example first, without warm-up, at a constant rate. It separates the machine from the data.
-# "Below 0.5 within 20 steps", say the notes; look how much that depends on the rate.
+# Do not guess: divide. Over-fit *one* example first, without warm-up, at a constant rate. It separates the machine from the
+# data. "Below 0.5 within 20 steps", say the notes; look how much that depends on the rate.
 
 
 # %%
@@ -869,9 +877,9 @@ for name, settings in cases.items():
     print(f"{name:24}", one_example(**settings))
 
 # %% [markdown]
-# Read it so. *Falls to zero*: the machine works; look at data, rate and schedule. *Flat with norm 0*: nothing trains. *nan*: no
-# label, or overflow. *Jumps* or *slow*: the rate. And the last line falls too, with wrong labels: what gives it away is its first
-# loss, above ln(vocabulary), worse than blind guessing. So the order is:
+# Read it so. *Falls to zero*: the machine works; look at data, rate and schedule. *Flat with norm 0*: nothing trains.
+# *nan*: no label, or overflow. *Jumps* or *slow*: the rate. And the last line falls too, with wrong labels: what gives it
+# away is its first loss, above ln(vocabulary), worse than blind guessing. So the order is:
 # 1. print one rendered row, decoded, and its counted tokens;
 # 2. `print_trainable_parameters()`, gradient norms;
 # 3. one example;
@@ -881,8 +889,8 @@ for name, settings in cases.items():
 # 7. loading: warnings, the base's own loss on plain text.
 #
 # ## Values that contradict each other
-# Three notes of one collection, the libraries' defaults as installed, and where this course starts. Rules of thumb, all of them:
-# thresholds such as "alarm at 3 %" too.
+# Three notes of one collection, the libraries' defaults as installed, and where this course starts. Rules of thumb, all of
+# them: thresholds such as "alarm at 3 %" too.
 
 # %%
 from trl import DPOConfig
@@ -900,6 +908,7 @@ VALUES = [
     ("weight decay", "0.01 | 0.01 to 0.1", args.weight_decay, "0"),
     ("epochs", "1-3 | 3-5 | LIMA: 15", args.num_train_epochs, "until the held-out loss turns"),
     ("effective batch", "16 | 16-32 | 32", args.per_device_train_batch_size, "16; say tokens a step"),
+    ("DoRA's price", "none | 10 % | zero", "-", "measured in lesson 03"),
     ("optimizer", "adamw | paged 8-bit", args.optim.value, f"adamw: 8 bits save {6e-9 * 41.9e6:.2f} GB, LoRA on 8B"),
 ]
 for what, notes, default, start in VALUES:
@@ -952,8 +961,8 @@ for what, notes, default, start in VALUES:
 #
 # ## Summary
 # The script of the first page, healed: from 0 to 100 % of the tickets in 25 steps. Nothing in the trainer is magic: sixty
-# lines draw its curve. Begin with LoRA on all layers, a swept rate, cosine, a warm-up of a few percent, clipping at 1, no weight decay, the
-# held-out loss beside the score. Before every run: one rendered row, its labels, one example over-fitted.
+# lines draw its curve. Begin with LoRA on all layers, a swept rate, cosine, a warm-up of a few percent, clipping at 1, no
+# weight decay, the held-out loss beside the score. Before every run: one rendered row, its labels, one example over-fitted.
 #
 # References: TRL's `SFTTrainer`; LoRA 2106.09685; NEFTune 2310.05914; mixed precision 1710.03740; cosine 1608.03983; AdamW
 # 1711.05101; packing 2107.02027; ZeRO 1910.02054; LIMA 2305.11206. Threads: trl #3827, transformers #34191.
