@@ -93,7 +93,8 @@ for margin in (0.0, 1.0, 2.0):
 
 # %% [markdown]
 # ## The objective, and its optimum
-# RLHF then looks for a policy with high reward on a leash, the KL divergence to a reference (the SFT model):
+# RLHF has three stages (2203.02155): SFT, reward model, PPO. The last one looks for a policy with high reward on a leash,
+# the KL divergence to a reference (the SFT model):
 # $$\max_\pi\; \mathbb{E}_{y\sim\pi}[r(y)] - \beta\, \mathrm{KL}(\pi \,\Vert\, \pi_\text{ref}).$$
 # PPO climbs it with samples (its *loss* is another formula, see the map below). But the optimum is known in closed
 # form (2305.18290, equation 4):
@@ -544,7 +545,9 @@ tell(["good", "KL", "words", "story perplexity"], "start", *family.values())
 #
 # ## A map of the rest
 # The reinforcement-learning branch starts from the same objective, and samples: PPO with a reward model and a value model, GRPO
-# without the value model, online DPO with fresh pairs. A later lesson trains them; here are their two formulas.
+# without the value model, online DPO with fresh pairs (2402.04792); the judge may be people, a model with written rules
+# (2212.08073), the policy's older self (SPIN, 2401.01335) or a checker of steps (2305.20050). A later lesson trains them;
+# here are two formulas.
 
 # %%
 for ratio, advantage in ((1.5, 1.0), (0.5, 1.0), (1.5, -1.0)):

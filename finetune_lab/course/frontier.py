@@ -50,7 +50,9 @@ def frontier(points: Mapping[str, Point], start: float, setting: str) -> tuple[F
     )
     ax.plot(0, 100 * start, color=plots.BLACK, marker="D", clip_on=False)
     ax.annotate("start", (0, 100 * start), xytext=(9, -4), textcoords="offset points")
-    for n, (name, point) in enumerate(points.items()):
+    for n, (name, point) in enumerate(
+        sorted(points.items(), key=lambda item: item[1].kl)
+    ):  # labels step down to the right
         here = name == setting
         colour, marker = (plots.VERMILLION, "s") if here else (plots.BLUE, "o")
         ax.errorbar(
