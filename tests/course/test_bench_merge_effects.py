@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from finetune_lab.course import merge_specialists as specialists
 from finetune_lab.course.bench import merge_effects as effects
 from finetune_lab.lab import train
 
@@ -11,11 +12,11 @@ from finetune_lab.lab import train
 @pytest.fixture(scope="module", autouse=True)
 def short():
     """A few steps of each skill."""
-    steps, effects.STEPS = effects.STEPS, {"extract": 2, "answer": 3, "math": 2}
+    steps, specialists.STEPS = specialists.STEPS, {"extract": 2, "answer": 3, "math": 2}
     for cached in (effects.specialist, effects.joint):
         cached.cache_clear()
     yield
-    effects.STEPS = steps
+    specialists.STEPS = steps
     for cached in (effects.specialist, effects.joint):
         cached.cache_clear()
 
@@ -27,17 +28,17 @@ def test_joint_training_takes_as_many_items_and_steps_as_the_specialists(monkeyp
         seen[kind] = len(items), steps
         return {}, {}
 
-    monkeypatch.setattr(effects, "_train", taken)
+    monkeypatch.setattr(specialists, "train_one", taken)
     effects.joint.__wrapped__(0)
     assert seen["full"] == (16 * 7, 7)
 
 
 def test_joint_training_sees_the_very_items_of_the_specialists(monkeypatch):
     kept = []
-    monkeypatch.setattr(effects, "_train", lambda kind, items, *rest: (kept.extend(items), {}))
+    monkeypatch.setattr(specialists, "train_one", lambda kind, items, *rest: (kept.extend(items), {}))
     effects.joint.__wrapped__(3)
-    for skill, steps in effects.STEPS.items():
-        rows = effects.tasks.load_task(skill, "train", effects.TINY.recipes[skill].items, 3)
+    for skill, steps in specialists.STEPS.items():
+        rows = specialists.tasks.load_task(skill, "train", specialists.TINY.recipes[skill].items, 3)
         wanted = [rows[i] for batch in train.batches(len(rows), 16, steps, 3) for i in batch]
         assert all(item in kept for item in wanted)
 

@@ -10,7 +10,6 @@ Each row is a mean over the seeds, with its standard deviation in a row of its o
 the lesson says.
 """
 
-import functools
 import math
 import random
 from collections.abc import Iterable
@@ -21,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from finetune_lab.course.bench.lora_effects import codes
+from finetune_lab.course.merge_specialists import SKILLS, base, joint, known, score, specialist, stories, train_one
 from finetune_lab.course.merge_ways import (
-    Adapters,
     Weights,
     adapter_ways,
     families,
@@ -32,89 +31,19 @@ from finetune_lab.course.merge_ways import (
     permuted,
     tensorwise,
 )
-from finetune_lab.lab import forced, tasks, train
-from finetune_lab.lab.evaluate import general, perplexity
+from finetune_lab.lab import forced
 from finetune_lab.lab.meter import one_thread
-from finetune_lab.lab.models import load
-from finetune_lab.lab.tiers import TINY
 from finetune_lab.methods import merging
-from finetune_lab.methods.inject import active_layers, find_targets, inject, merge_and_unload
+from finetune_lab.methods.inject import find_targets
 
 NAME = "merge_effects"
 HELP = "what merges keep of three skills: methods, scale, density, drop rate, bases, adapters, five seeds"
 
-SKILLS = ("extract", "answer", "math")
-STEPS = {"extract": 30, "answer": 40, "math": 60}
 KINDS = ("full", "LoRA")
 LAMS = (1 / 3, 0.5, 0.7, 1.0, 1.5, 2.0)
 DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
 DROPS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 LINE = tuple(i / 10 for i in range(11))
-JOINT_LR = 5e-4
-
-
-@functools.cache
-def base() -> tuple:
-    """(model, tokenizer, weights) of the tiny model; the model is the vessel that every merge is poured into."""
-    model, tokenizer = load("tiny")
-    return model, tokenizer, forced.weights_of(model)
-
-
-def _train(kind: str, items: list[dict], steps: int, lr: float, seed: int) -> tuple[Weights, Adapters]:
-    """One fine-tune of the tiny model: its whole weights, and its adapters where it is a LoRA."""
-    model, tokenizer = load("tiny", seed=seed)
-    torch.manual_seed(seed)
-    if kind == "LoRA":
-        inject(model, r=16, alpha=32)
-    train.sft(model, tokenizer, items, steps=steps, batch_size=16, lr=lr, seed=seed)
-    layers = active_layers(model).items()
-    adapters = {path: merging.Adapter(x.A.detach().clone(), x.B.detach().clone(), x.scaling) for path, x in layers}
-    return forced.weights_of(merge_and_unload(model) if adapters else model), adapters
-
-
-@functools.cache
-def specialist(kind: str, skill: str, seed: int, share: float = 1.0) -> tuple[Weights, Adapters]:
-    """The fine-tune of one skill; share: of the steps."""
-    recipe = TINY.recipes[skill]
-    items = tasks.load_task(skill, "train", recipe.items, seed)
-    lr = recipe.full_lr if kind == "full" else recipe.lora_lr
-    return _train(kind, items, round(share * STEPS[skill]), lr, seed)
-
-
-@functools.cache
-def joint(seed: int, share: float = 1.0) -> Weights:
-    """One full training on what the three specialists saw, mixed: as many items of each skill, as many steps in all."""
-    items = []
-    for skill, steps in STEPS.items():
-        rows = tasks.load_task(skill, "train", TINY.recipes[skill].items, seed)
-        items += [rows[i] for batch in train.batches(len(rows), 16, round(share * steps), seed) for i in batch]
-    random.Random(seed).shuffle(items)
-    return _train("full", items, len(items) // 16, JOINT_LR, seed)[0]
-
-
-@functools.cache
-def _items(skill: str, split: str, n: int, seed: int) -> list[dict]:
-    return tasks.load_task(skill, split, n, seed)
-
-
-def score(weights: Weights, seed: int, n: int, split: str = "test", skills: Iterable[str] = SKILLS) -> dict[str, float]:
-    """Exact match a skill, and "loss", the mean over the skills, of the tiny model with these weights."""
-    model, tokenizer, _ = base()
-    forced.put_weights(model, weights)
-    found = {skill: forced.scores(model, tokenizer, _items(skill, split, n, seed)) for skill in skills}
-    return {s: f["exact_match"] for s, f in found.items()} | {"loss": mean(f["loss"] for f in found.values())}
-
-
-def known(weights: Weights, seed: int, n: int) -> dict[str, float]:
-    """What is left of the base: facts, sums, story perplexity."""
-    model, tokenizer, _ = base()
-    return {k.replace("_", " "): v for k, v in general(forced.put_weights(model, weights), tokenizer, n, seed).items()}
-
-
-def stories(weights: Weights, seed: int, n: int) -> float:
-    model, tokenizer, _ = base()
-    texts = [item["text"] for item in _items("general", "test", 4 * n, seed) if item["kind"] == "story"][:n]
-    return perplexity(forced.put_weights(model, weights), tokenizer, texts)
 
 
 def swept(specialists: list[Weights], seed: int, n: int, lams: Iterable[float]) -> dict[str, dict[str, float]]:
@@ -236,7 +165,7 @@ def many(counts: Iterable[int], steps: int) -> dict[str, list[dict[str, float]]]
     most = max(counts)
     asked = codes(24 * most, seed=0)
     sets = [asked[24 * i : 24 * (i + 1)] for i in range(most)]
-    models = [_train("full", items, steps, 1e-3, seed)[0] for seed, items in enumerate(sets)]
+    models = [train_one("full", items, steps, 1e-3, seed)[0] for seed, items in enumerate(sets)]
     model, tokenizer, origin = base()
     out: dict[str, list[dict[str, float]]] = {}
     for count in counts:
