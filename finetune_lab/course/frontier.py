@@ -50,9 +50,8 @@ def frontier(points: Mapping[str, Point], start: float, setting: str) -> tuple[F
     )
     ax.plot(0, 100 * start, color=plots.BLACK, marker="D", clip_on=False)
     ax.annotate("start", (0, 100 * start), xytext=(9, -4), textcoords="offset points")
-    for n, (name, point) in enumerate(
-        sorted(points.items(), key=lambda item: item[1].kl)
-    ):  # labels step down to the right
+    by_kl = sorted(points.items(), key=lambda item: item[1].kl)  # labels step down from left to right
+    for n, (name, point) in enumerate(by_kl):
         here = name == setting
         colour, marker = (plots.VERMILLION, "s") if here else (plots.BLUE, "o")
         ax.errorbar(
