@@ -251,8 +251,8 @@ for pair in ("extract and answer", "extract and math", "answer and math"):
     print(f"   SLERP lies {100 * gap:.1f} % of the update away from linear")
 
 # %% [markdown]
-# SLERP and the average answer the same items right. SLERP of task vectors is better than both, for each pair by more than
-# the spreads; and "larger scale" is all there is to it.
+# SLERP answers as many items as the average. SLERP of task vectors is better than both, for each pair by more than the
+# spreads; and a larger scale is all there is to it.
 #
 # A public note's SLERP has two more traps: the angle is that of normalised vectors but the sum takes the raw ones, and a
 # zero tensor divides by zero.
@@ -394,8 +394,8 @@ plots.show(*merge_plots.sweep("What is kept of the specialists, by scale", "scal
 # %% [markdown]
 # At $\lambda = 1$ the paper's 20 % keeps less than 50 % does here; with everything kept (density 1: election alone) it is no
 # worse than that. The picture is the fair comparison: each method over its scales, as the mean share of the specialists'
-# skills. The curves are shifted against each other, and their peaks are not apart. TIES does not beat a well-scaled sum here;
-# what it does is to put the best scale near 1, where the sum has it at a half.
+# skills. The curves are shifted against each other, and neither TIES has a peak apart from the sum's. What TIES does here is
+# to put the best scale near 1, where the sum has it at a half.
 #
 # ## DARE
 # Drop And REscale (2311.03099): set a share $p$ of a task vector to zero *at random*, and divide the rest by $1 - p$.
@@ -437,15 +437,16 @@ guess = 20
 # END SOLUTION
 predict.number("07-p4", guess, sum(100 * found("full, alone, DARE p=0.9", s)[0] for s in SKILLS) / 3, unit="%")
 names = [f"full, alone, DARE p={p}" for p in DROPS]
-series = {skill: (names, skill) for skill in SKILLS} | {"three merged, lam 0.5": ([f"full, DARE p={p} lam=0.5" for p in DROPS], "kept")}  # fmt: skip
+series = {skill: (names, skill) for skill in SKILLS}
+series["three merged, lam 0.5"] = [f"full, DARE p={p} lam=0.5" for p in DROPS], "kept"
 plots.show(*merge_plots.sweep("Most of a change can go, up to a point", "drop rate p", DROPS, series))
 table(*(f"LoRA, alone, DARE p={p}" for p in DROPS))
 
 # %% [markdown]
-# Nine tenths of a change can go and nearly nothing is lost, as the paper says; at 0.99 it breaks. With LoRA it breaks
-# earlier (the lines: 0.98): those updates are about twice as large for their weights, and the noise grows with them. The
-# paper's own condition is small changes (below about 0.002 to 0.005). And the merge of three is no better for it: what is
-# dropped at random does not interfere, and does not help either.
+# Nine tenths of a change can go and nearly nothing is lost, as the paper says; at 0.99 it breaks. With LoRA (the lines) it
+# breaks earlier, at 0.98: its updates are larger (measured under Adapters), and the noise grows with them. The paper's own
+# condition is small changes, below about 0.002 to 0.005. And the merge of three is no better for it: what is dropped at random
+# does not interfere, and does not help either.
 #
 # ## Subtraction
 # A negative weight takes a skill *out* (2212.04089). From the jointly trained model, and from the base, take the task vector
@@ -495,6 +496,10 @@ for skill in ("answer", "math"):
     save_adapter(student, folder / skill)
     layers = inject.active_layers(student).items()
     lora[skill] = {path: Adapter(x.A.detach(), x.B.detach(), x.scaling) for path, x in layers}
+    sizes = [(merging.update(x).norm(), taus[skill][f"{path}.weight"].norm()) for path, x in lora[skill].items()]
+    print(
+        f"{skill}: updates {sum(u / full for u, full in sizes) / len(sizes):.1f} times as large as the full fine-tune's"
+    )
 
 # %%
 ways = {
@@ -550,8 +555,8 @@ for row in [*(f"full, {way} chosen" for way in WAYS), "full, joint"]:
 # %% [markdown]
 # Read it with the spreads. No method is apart from a well-scaled sum. All but DARE beat the plain average clearly. Joint
 # training keeps 99 %: no merge comes near. Full fine-tunes merge better than LoRAs (sum, TIES at 0.5, DARE-TIES), whose
-# updates are larger. One thing most merges do better: stories stay at 2.31 to 2.36, joint training
-# has 2.46 ± 0.04 (base 2.30; TIES at 0.5 is not apart from it).
+# updates are larger. One thing most merges do better: stories stay at 2.31 to 2.36, where joint
+# training has 2.46 ± 0.04 (base 2.30; TIES at 0.5 is not apart from it).
 #
 # So: merging is for when there are weights and no data. And this is a toy of 2.6 million parameters: from 1B to 64B, larger
 # models merged more easily, methods became alike, and eight merged models could beat joint training on tasks that none of them
@@ -568,10 +573,10 @@ for way in ways:
     table(*(f"{count} models, {way}" for count in COUNTS), measures=["codes known"])
 
 # %% [markdown]
-# Not ten, not even two: 3 to 6 % of the codes are left where one model knows nearly all of its own. Facts that must be *exact* are stored in small, precise changes,
-# and another vector of the same kind is noise to them. The three skills above survive because they re-use what the base
-# knows. What
-# can be merged depends on the task far more than on the method (2601.06672: on what the base knows of it).
+# Not ten, not even two: 3 to 6 % of the codes are left where one model knows 86 to 98 % of its own. Facts that must be
+# *exact* are stored in small, precise changes, and another vector of the same kind is noise to them. The three skills above
+# survive because they re-use what the base knows. What can be merged depends on the task far more than on the method
+# (2601.06672: on what the base knows of it).
 #
 # ## Explore: one merge, six sliders
 # Your three specialists, merged anew at each move by the function behind `finetune-lab merge`. Weights count for all but
@@ -628,8 +633,8 @@ plan = {"merge_method": "ties", "base_model": str(folder / "model-base"), "dtype
 print(yaml.safe_dump(plan, sort_keys=False).replace(str(folder), "runs"))
 files.merge(plan, folder / "merged", progress=False)
 theirs, mine = forced.weights_of(load(str(folder / "merged"))[0]), merged(lambda vectors: ties(vectors, 0.5))
-print(f"largest difference from yours: {max((theirs[n] - mine[n]).abs().max().item() for n in base):.1e}")
 tell("the merged folder", theirs)
+print(f"largest difference from yours: {max((theirs[n] - mine[n]).abs().max().item() for n in base):.1e}")
 
 # %% [markdown]
 # Adapters are peft's ground: `combination_type` decides what is added up.

@@ -56,7 +56,9 @@ def test_the_notes_slerp_divides_by_zero_and_ours_does_not(printed):
 
 
 def test_half_the_signs_disagree(printed):
-    assert 40 <= number(printed, r"it is (\S+) %: off by \S+ points\.\ncosine") <= 55 or "it is 49" in printed
+    assert 45 <= number(printed, r"07-p3: you said .*?, it is (\S+) %") <= 55
+    after_trimming = re.findall(r"extract and answer \d+ \((\d+)\)", printed)
+    assert len(after_trimming) == 5 and all(int(share) <= 10 for share in after_trimming)
 
 
 def test_sums_elect_other_signs_than_votes(printed):
@@ -81,6 +83,11 @@ def test_concatenated_adapters_are_exact_and_added_factors_are_not(printed):
     peft = dict(re.findall(r"^peft (\w+) +error against the sum of the updates (\S+)", printed, re.MULTILINE))
     assert float(peft["cat"]) < 1e-5 and all(float(peft[kind]) > 0.3 for kind in ("linear", "ties", "dare_linear"))
     assert number(printed, r"peft's linear against our sum of factors: (\S+) apart") < 1e-5
+
+
+def test_a_lora_moves_the_weights_more_than_full_fine_tuning(printed):
+    ratios = re.findall(r"^(?:answer|math): updates (\S+) times as large", printed, re.MULTILINE)
+    assert len(ratios) == 2 and all(float(ratio) > 1.2 for ratio in ratios)
 
 
 def test_rounding_twice_loses_every_skill_and_rounding_once_does_not(line):
