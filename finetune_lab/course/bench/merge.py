@@ -35,9 +35,9 @@ NAME = "merge"
 HELP = "finetune-lab merge against mergekit and a plain copy: GB/s of a core, peak memory, equal results"
 
 FULL = {"hidden": 2048, "inner": 5632, "layers": 10, "vocab": 32_000, "shard": 500_000_000, "rounds": 3,
-        "goals": {"linear": ">= 2", "slerp": ">= 2", "task_arithmetic": ">= 2", "sparse": ">= 8", "copy": "<= 1.5"}}  # fmt: skip
+        "goals": {"rate": ">= 2", "sparse": ">= 8", "family": ">= 2", "copy": "<= 1.5"}}  # fmt: skip
 QUICK = {"hidden": 384, "inner": 1024, "layers": 4, "vocab": 8_000, "shard": 10_000_000, "rounds": 3,
-         "goals": {"linear": ">= 0.5", "slerp": ">= 0.5", "task_arithmetic": ">= 0.5", "sparse": ">= 3", "copy": "<= 4"}}  # fmt: skip
+         "goals": {"rate": ">= 0.5", "sparse": ">= 3", "family": ">= 1.2", "copy": "<= 4"}}  # fmt: skip
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 SPARSE = {"ties": 0.2, "dare_linear": 0.5, "dare_ties": 0.5}  # densities
 SLOW = ("ties", "dare_ties", "dare_linear")  # one round: mergekit takes minutes
@@ -180,9 +180,9 @@ def _rates(method: str, plan: merging.Plan, seconds: dict, goals: dict) -> list[
     faster = median_ratio(seconds, "mergekit", "ours")
     peer = f"mergekit {metadata.version('mergekit')}"
     rows = [row(f"{method}: times faster than mergekit", rate["ours"], "GB/s", peer, rate["mergekit"], faster,
-                goals["sparse"] if method in SPARSE else None)]  # fmt: skip
+                goals["sparse" if method in SPARSE else "family"])]  # fmt: skip
     if method not in SPARSE:
-        rows.append(row(f"{method}: input bytes over CPU seconds", rate["ours"], "GB/s", goal=goals[method]))
+        rows.append(row(f"{method}: input bytes over CPU seconds", rate["ours"], "GB/s", goal=goals["rate"]))
     rows.append(row(f"{method}: CPU time over that of a plain copy", rate["ours"], "GB/s", "copy", rate["copy"],
                     median_ratio(seconds, "ours", "copy"), goals["copy"] if method == "linear" else None))  # fmt: skip
     return rows
@@ -243,6 +243,11 @@ def run(quick: bool) -> list[dict]:
         folders = make_models(Path(place), size)
         plan = merging.plan(recipe("linear", *folders))
         rows.append(row("bytes of one model", plan.bytes_written / 1e9, "GB"))
+        for _ in range(2):  # a virtual machine is slow the first time that it touches a page
+            copy(plan, Path(place) / "warm")
+            _remove(Path(place) / "warm")
+            merging.merge(recipe("linear", *folders), Path(place) / "warm", progress=False)
+            _remove(Path(place) / "warm")
         for method in METHODS:
             rows += compare(method, folders, Path(place), size)
     return rows
