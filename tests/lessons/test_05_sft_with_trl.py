@@ -55,9 +55,10 @@ def test_trl_packs_with_positions_and_without_a_mask(printed):
     assert "samples by position: -, attention mask: True" in printed
 
 
-def test_checkpointing_halves_the_peak(printed):
+def test_checkpointing_takes_a_third_of_the_memory_for_a_third_more_time(printed):
     off, on = (int(x) for x in re.findall(r"checkpointing \w+ +peak (\d+) MiB", printed))
-    assert on < 0.5 * off
+    assert 0.25 * off < on < 0.4 * off
+    assert 1.15 < float(re.search(r"time of a step: (\S+) times", printed)[1]) < 1.6
 
 
 def test_a_scale_saves_gradients_until_it_is_too_large(printed):
