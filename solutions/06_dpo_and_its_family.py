@@ -386,9 +386,9 @@ tell(["distinct", "most common opening", "words"], "start", *shown.values())
 # pair contains.
 #
 # The alignment tax: the facts are all kept, the sums are not apart, the perplexity of the base's stories rises from 4.3 to
-# 5.6 (beta 1), and to 13 in the broken run. Sameness: with beta 10 fewer letters are distinct (0.83 ± 0.03 against 0.94 ±
+# 5.6 (beta 1), and to 13 in the broken run. The smaller beta forgets more: 5.8 ± 0.4 with 0.1 against 5.0 ± 0.3 with 10. Sameness: with beta 10 fewer letters are distinct (0.83 ± 0.03 against 0.94 ±
 # 0.04), and part of that is wanted, since invented codes were all different; the most common opening is no more common.
-# "DPO kills diversity" is true here of the broken run only (0.45).
+# Variety collapses in the broken run only (0.45).
 #
 # ## Length, and SimPO
 # DPO compares *sums*, and a sum hangs on length. Take only pairs whose chosen letter is the shorter one (the rejected is long
@@ -657,8 +657,8 @@ tell(["good", "KL", "training loss"], "simpo beta=2 lr=0.0001", "simpo beta=2 lr
 
 # %% [markdown]
 # Swapped labels give the best-looking log of all, and no good letter is left. The forgotten reference shows in the first number.
-# The identical reference keeps the loss at ln 2 for ever, while the model moves; in 16 steps it does little harm, because
-# the brake would hardly have worked yet. A counted prompt cancels in DPO's difference of sums; in averages it dilutes the
+# The identical reference keeps the loss at ln 2 for ever, while the model moves; in 16 steps it does no harm beyond the
+# spreads, because the brake would hardly have worked yet. A counted prompt cancels in DPO's difference of sums; in averages it dilutes the
 # letter, and SimPO moves half as far (KL 0.49 ± 0.14 against 0.87 ± 0.09). And from the base model DPO reaches an accuracy
 # of 100 % with 4 % good letters: the answers that it compares are not what it writes.
 #

@@ -98,6 +98,7 @@ def test_the_tax_is_paid_in_stories_and_not_in_facts_or_sums(apart):
     for setting in ("dpo beta=10 lr=0.0001", RIGHT, TOO_FAR):
         assert apart("story perplexity", setting, "start")
         assert not apart("facts kept", "start", setting) and not apart("sums kept", "start", setting)
+    assert apart("story perplexity", "dpo beta=0.1 lr=0.0001", "dpo beta=10 lr=0.0001")
 
 
 def test_fewer_letters_are_distinct_and_openings_are_not_more_alike(apart):
