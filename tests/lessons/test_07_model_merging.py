@@ -100,6 +100,14 @@ def test_the_command_and_the_learner_merge_the_same_model(printed, line):
     assert "merge_method: ties" in printed
 
 
+def test_two_skills_of_a_real_model_keep_nearly_all(printed):
+    rows = dict(re.findall(r"^SmolLM2-135M, (.+): (extract \d+ %, math \d+ %)$", printed, re.MULTILINE))
+    scores = {way: {skill: int(value) for skill, value in SKILL.findall(text)} for way, text in rows.items()}
+    for way in ("linear", "task_arithmetic"):
+        for skill in ("extract", "math"):
+            assert scores[way][skill] >= 0.85 * scores[f"specialist in {skill}"][skill] > scores["base"][skill]
+
+
 def test_what_cannot_be_merged_is_refused(printed):
     assert "accepted without a word" not in printed
     for name in ("other shapes", "unknown method", "no base", "density in percent"):
