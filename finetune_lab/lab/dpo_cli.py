@@ -1,6 +1,7 @@
 """finetune-lab dpo CONFIG|flags: train on preferences (pairs, or answers with a thumb), and get a report."""
 
 import argparse
+from pathlib import Path
 
 from finetune_lab.lab.sft_cli import add_run_flags, add_settings, recipe_of, run_command, speaker
 
@@ -30,26 +31,33 @@ def register(subparsers) -> None:
 
 def dpo(args) -> int:
     """0 trained (or finished before, or nothing wrong found by --check), 1 --check found what forbids training."""
-    from finetune_lab.lab.finetune import preflight_dpo
+    from finetune_lab.lab.finetune import preflight_dpo, runs
     from finetune_lab.lab.finetune.dpo_recipe import DpoRecipe
 
-    recipe = recipe_of(args, DpoRecipe)
-    if recipe.task and recipe.model == "tiny" and recipe.adapter is None and not args.check:
-        args.adapter = first_stage(recipe, args)
-        recipe = recipe_of(args, DpoRecipe)
+    recipe, inspect, also = recipe_of(args, DpoRecipe), preflight_dpo.inspect, {}
+    if recipe.task and recipe.model == "tiny" and recipe.adapter is None:
+        first = first_stage(recipe)
+        if not args.check:
+            train_first(first, args)
+        if (runs.read(Path(first.out).expanduser() / "run.json") or {}).get("finished"):
+            args.adapter = first.out
+            recipe = recipe_of(args, DpoRecipe)
+        else:
+            recipe, inspect, also = recipe.after_a_start(), preflight_dpo.inspect_second, check_first(first, args)
+            if not args.json:
+                print(f"stage 2, in {recipe.out}: preference training goes on with the adapter of stage 1")
 
     def train(recipe, found, say) -> dict:
         from finetune_lab.lab.finetune import dpo as trainer  # TRL takes seconds to import: --check does without
 
         return trainer.dpo(recipe, fresh=args.fresh, say=say, found=found)
 
-    return run_command(args, recipe, preflight_dpo.inspect, train)
+    return run_command(args, recipe, inspect, train, also=also)
 
 
-def first_stage(recipe, args) -> str:
-    """The run beside this one that teaches the tiny model, a bare base, to write letters at all; made if need be."""
+def first_stage(recipe):
+    """The recipe of the run beside this one that teaches the tiny model, a bare base, to write letters at all."""
     from finetune_lab.errors import UserError
-    from finetune_lab.lab.finetune import run
     from finetune_lab.lab.finetune.recipe import SftRecipe
 
     if recipe.method == "full":
@@ -57,9 +65,28 @@ def first_stage(recipe, args) -> str:
             "the tiny model cannot write letters yet: run `finetune-lab sft --task reply --method full` first, and give "
             "the folder `model` of that run as --model."
         )
-    say, out = speaker(args), f"{recipe.out or 'runs/' + recipe.name()}-start"
-    say(f"the tiny model cannot write letters yet: supervised fine-tuning comes first, in {out}")
     same = ("task", "method", "rank", "alpha", "targets", "seed", "precision", "test_items")
     values = {name: getattr(recipe, name) for name in same}
-    run.sft(SftRecipe(model="tiny", out=out, **values), say=say)
-    return out
+    return SftRecipe(model="tiny", out=f"{recipe.out or 'runs/' + recipe.name()}-start", **values)
+
+
+def train_first(recipe, args) -> None:
+    """Make the start if need be."""
+    from finetune_lab.lab.finetune import run
+
+    say = speaker(args)
+    say(f"the tiny model cannot write letters yet: supervised fine-tuning comes first, in {recipe.out}")
+    run.sft(recipe, say=say)
+
+
+def check_first(recipe, args) -> dict:
+    """Look at the start that would be trained: printed in two lines, or returned for the JSON of --check."""
+    from finetune_lab.lab.finetune import preflight
+
+    found = preflight.inspect(recipe)
+    if not args.json:
+        print(
+            f"stage 1, in {recipe.out}: the tiny model cannot write letters yet, so supervised fine-tuning comes first"
+        )
+        print("  " + preflight.lines(found)[0])
+    return {"start": found.as_dict()}

@@ -77,9 +77,9 @@ def sft(args) -> int:
     return run_command(args, recipe_of(args, SftRecipe), preflight.inspect, train)
 
 
-def run_command(args, recipe, inspect: Callable, train: Callable) -> int:
+def run_command(args, recipe, inspect: Callable, train: Callable, also: dict | None = None) -> int:
     """What all training commands do: look, then train, then report. inspect(recipe) -> a preflight;
-    train(recipe, preflight, say) -> the report."""
+    train(recipe, preflight, say) -> the report; also: more values for the JSON of --check."""
     from finetune_lab.lab import data
     from finetune_lab.lab.finetune import preflight
 
@@ -94,7 +94,7 @@ def run_command(args, recipe, inspect: Callable, train: Callable) -> int:
     bad = any(finding.level == "error" for finding in found.findings)
     if args.check:
         if args.json:
-            print(json.dumps({"ok": not bad, **found.as_dict()}, indent=1, ensure_ascii=False))
+            print(json.dumps({"ok": not bad, **found.as_dict(), **(also or {})}, indent=1, ensure_ascii=False))
         else:
             print("\n".join(preflight.lines(found)))
         return int(bad)

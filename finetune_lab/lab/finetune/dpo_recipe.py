@@ -10,7 +10,7 @@ merged. Rank, alpha, targets and method are the adapter's own. In production: `t
 adapter the same way.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune_lab.errors import UserError
 from finetune_lab.lab import tiers
@@ -87,6 +87,15 @@ class DpoRecipe(Recipe):
     def kind(self) -> str:
         """The row of `lab.tiers`: a new adapter (B = 0) takes a higher rate than weights that have learnt already."""
         return "dpo-start" if self.adapter or self.method == "full" else "dpo"
+
+    def after_a_start(self) -> "DpoRecipe":
+        """This recipe on the tiny model as it will be once the adapter that goes on training is made."""
+        usual = tiers.TINY.recipes["dpo-start"]
+        fill = {"lr": usual.lora_lr, "batch_size": usual.batch_size, "items": usual.items}
+        if self.steps is None and self.epochs is None:
+            fill["steps"] = usual.steps
+        fill["out"] = f"runs/{self.name()}"
+        return replace(self, **{name: value for name, value in fill.items() if getattr(self, name) is None})
 
     def usual(self, tier: tiers.Tier) -> tiers.Recipe:
         """Preference training has rates of its own, whatever the data."""

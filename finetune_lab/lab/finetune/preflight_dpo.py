@@ -8,10 +8,16 @@ from finetune_lab.lab.finetune.dpo_recipe import DpoRecipe
 from finetune_lab.lab.finetune.preflight import Preflight
 
 
-def inspect(recipe: DpoRecipe) -> Preflight:
+def inspect_second(recipe: DpoRecipe) -> Preflight:
+    """`inspect` for a run whose start does not exist yet: the recipe is `after_a_start`."""
+    return inspect(recipe, started=True)
+
+
+def inspect(recipe: DpoRecipe, started: bool = False) -> Preflight:
     """Read and check everything for preference training. Raises UserError for what would make it useless.
 
     With loss kto the training rows are rated answers: pairs count as one good and one bad answer each.
+    started: the adapter that goes on training is still to be made, so `recipe` does not name it.
     """
     recipe, tokenizer, parameters = preflight.opened(recipe)
     rows = sources.read(recipe, tokenizer, parameters, ("preference", "unpaired"))
@@ -28,11 +34,11 @@ def inspect(recipe: DpoRecipe) -> Preflight:
     valid = pairs.encode_preferences(rows.valid[: recipe.test_items], tokenizer, recipe.max_length)
     train = [e for e in encoded if e.counted]
     found = [
-        silent.rate_out_of_range(recipe.method, recipe.lr, parameters, recipe.kind()),
+        silent.rate_out_of_range(recipe.method, recipe.lr, parameters, "dpo-start" if started else recipe.kind()),
         silent.repeated(list(map(sources.row_key, rows.train))),
         silent.few_scored(len(valid)),
         silent_pairs.prompt_in_answers(rows.train),
-        silent_pairs.no_start(recipe.adapter, recipe.model),
+        None if started else silent_pairs.no_start(recipe.adapter, recipe.model),
     ]
     if recipe.loss == "kto":
         found.append(silent_pairs.one_kind_of_label(encoded, recipe.desirable_weight, recipe.undesirable_weight))

@@ -237,7 +237,26 @@ def test_check_shows_three_pairs_and_trains_nothing(capsys, tmp_path, monkeypatc
     assert main("dpo --task reply --items 12 --check".split()) == 0
     said = capsys.readouterr().out
     assert said.count("  chosen:   [[") == said.count("  rejected: [[") == 3
-    assert "the tiny model is a bare base" in said and not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_describes_both_stages_that_would_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main("dpo --task reply --out runs/mine --check".split()) == 0
+    said = capsys.readouterr().out
+    assert said.index("stage 1, in runs/mine-start") < said.index("stage 2, in runs/mine:")
+    assert "lr 0.004, 60 steps of 8" in said and "lr 0.0001, 40 steps of 8" in said
+    assert "bare base" not in said and "learning rate" not in said and not list(tmp_path.iterdir())
+    assert main("dpo --task reply --out runs/mine --check --json".split()) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["start"]["recipe"]["out"], found["recipe"]["lr"]) == ("runs/mine-start", 1e-4)
+
+
+def test_check_after_the_first_stage_is_of_the_run_that_goes_on(capsys, start, tmp_path):
+    (tmp_path / "run-start").symlink_to(start)
+    assert main(f"dpo --task reply --rank 4 --out {tmp_path / 'run'} --check --json".split()) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["recipe"]["adapter"] == str(tmp_path / "run-start") and "start" not in found
 
 
 def test_without_a_start_the_tiny_model_learns_to_write_letters_first(capsys, tmp_path, monkeypatch):
