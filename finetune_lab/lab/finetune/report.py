@@ -3,7 +3,7 @@
 import statistics
 from pathlib import Path
 
-from finetune_lab.lab.finetune import runs
+from finetune_lab.lab.finetune import runs, verdict
 from finetune_lab.lab.finetune.curves import curve
 from finetune_lab.lab.finetune.memory import gb
 from finetune_lab.lab.finetune.preflight import Preflight
@@ -25,15 +25,17 @@ def build(
     bill: dict,
     made: dict,
     result: str,
+    unchanged: float | None = None,
 ) -> dict:
-    """The report as plain values. before, after: scores; log: the trainer's; bill: seconds, bytes; made: provenance."""
+    """The report as plain values. before, after: scores; log: the trainer's; bill: seconds, bytes; made: provenance;
+    unchanged: share of the answers that are the same before and after."""
     loss = [[row["step"], row["loss"]] for row in log if "loss" in row]
     held_out = [[row["step"], row["eval_loss"]] for row in log if "eval_loss" in row]
     tail = [value for _, value in loss[-min(10, len(loss) // 10 + 1) :]]  # the last tenth, as single steps jump
     return {
         **found.as_dict(),
         "trainer": found.recipe.trainer(),
-        "before": before, "after": after, "samples": samples, "result": result,
+        "before": before, "after": after, "samples": samples, "result": result, "unchanged": unchanged,
         "loss": loss, "held_out_loss": held_out,
         "rewards": [[row["step"], row["rewards/chosen"], row["rewards/rejected"]] for row in log if "rewards/chosen" in row and "rewards/rejected" in row],
         "final_loss": statistics.mean(tail) if tail else None,
@@ -79,6 +81,10 @@ def page(report: dict, folder: Path) -> str:
         f"# {report['trainer']}, {recipe['method']} on {recipe['model']}: {recipe['task'] or Path(recipe['data']).name}",
         "",
     ]
+    if said := verdict.lines(report):
+        out += [*(f"- {line}" for line in said), ""]
+    if recipe.get("adapter"):
+        out += [f"Start and reference: the adapter in `{recipe['adapter']}`.", ""]
     out += _scores(report) + _moved(report) + _curve(report) + _samples(report)
     out += ["## The bill", "", *_table([["of this run", ""], *_bill(report)]), ""]
     out += _data(report)

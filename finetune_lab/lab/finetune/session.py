@@ -23,7 +23,7 @@ import torch.distributed as dist
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from finetune_lab.errors import UserError
-from finetune_lab.lab.finetune import build, memory, preflight, report, runs, watch
+from finetune_lab.lab.finetune import build, memory, preflight, report, runs, verdict, watch
 from finetune_lab.lab.finetune.preflight import Preflight
 from finetune_lab.lab.finetune.recipe import Recipe
 from finetune_lab.provenance import git_state, provenance
@@ -184,13 +184,20 @@ def _finish(
     result = report.build(
         found, before["scores"], after["scores"],
         report.samples(found.valid_rows, before["answers"], after["answers"]) if after["answers"] else [],
-        trainer.state.log_history, bill, made, place.name,
+        trainer.state.log_history, bill, made, place.name, _unchanged(before["answers"], after["answers"]),
     )  # fmt: skip
     report.write(result, folder)
+    for line in verdict.lines(result):
+        say(line)
     runs.write(folder / "run.json", runs.read(folder / "run.json") | {"finished": time.time()})
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     say(f"report: {folder / 'report.md'}")
     return result
+
+
+def _unchanged(before: list[str], after: list[str]) -> float | None:
+    """Share of answers that are the same before and after training; None where nothing was asked."""
+    return sum(map(str.__eq__, before, after)) / len(after) if after and len(before) == len(after) else None
 
 
 def save(trainer: Trainer, folder: Path, recipe: Recipe) -> Path:

@@ -109,7 +109,7 @@ def test_the_report_says_what_a_reader_asks(done):
     assert len(made["loss"]) == len(made["rewards"]) == 4 and made["loss"] == done.steps
     assert [step for step, _ in made["held_out_loss"]] == [2, 4]
     page = (done.folder / "report.md").read_text()
-    for part in ("# dpo, lora on tiny: reply", "| accuracy | 50.0 %", "- margin: mean reward", "steps of 4 pairs",
+    for part in ("# dpo, lora on tiny: reply", "- Preference learned: ", "- Answers: ", "Start and reference: ", "| accuracy | 50.0 %", "- margin: mean reward", "steps of 4 pairs",
                  "sampled (temperature 1) answers", "curve.png", "loss: sigmoid", "generate --adapter"):  # fmt: skip
         assert part in page, part
 
