@@ -3,10 +3,12 @@
 import copy
 import math
 from dataclasses import replace
+from statistics import mean, stdev
 
 import pytest
 import torch
 
+from finetune_lab.course import bench
 from finetune_lab.course.bench import dpo_effects as effects
 from finetune_lab.course.bench.dpo_effects import DPO, LONGER, SETTINGS, SHORTER
 
@@ -72,3 +74,22 @@ def test_a_run_leaves_the_start_alone_and_every_measure_is_a_number():
 def test_without_sft_the_run_begins_at_the_base():
     base, *_ = effects.start(0, sft=False)
     assert not torch.equal(base.lm_head.weight, effects.start(0)[0].lm_head.weight)
+
+
+def test_the_summary_and_the_values_of_the_seeds_are_of_the_same_runs():
+    rows = {row["name"]: row["value"] for row in bench.recorded("dpo_effects")["rows"]}
+    for setting in SETTINGS:
+        for measure in effects.BY_SEED:
+            name = f"{setting.label}: {measure}"
+            seeds = [rows[f"{name}, seed {seed}"] for seed in range(5)]
+            assert rows[name] == pytest.approx(mean(seeds)), name
+            assert rows[f"{name}, standard deviation"] == pytest.approx(stdev(seeds)), name
+
+
+def test_a_paired_difference_is_the_t_interval_of_the_five_gaps(monkeypatch):
+    gaps = (1.0, 2.0, 3.0, 4.0, 5.0)
+    rows = [{"name": f"{label}: good, seed {seed}", "value": 10.0 * seed + (gap if label == "a" else 0)}
+            for label in "ab" for seed, gap in enumerate(gaps)]  # fmt: skip
+    monkeypatch.setattr(effects.bench, "recorded", lambda name: {"rows": rows})
+    middle, half = effects.paired("a", "b", "good")
+    assert middle == pytest.approx(3.0) and half == pytest.approx(1.9632, abs=1e-3)  # scipy.stats.t.interval

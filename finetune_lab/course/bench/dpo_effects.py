@@ -3,7 +3,9 @@
 The start is an SFT model that wrote as the shop did: half of its letters good, half rude, long or invented
 (`lab.letters`). Every run trains a copy of it on pairs it has not seen and is then asked for sampled replies to
 held-out tickets. Seeds change the start, the pairs, their order and the samples. A setting's rows are means over the
-seeds, each with its standard deviation in a row of its own. No goals: whatever comes out is what the lesson says.
+seeds, each with its standard deviation in a row of its own; the measures of `BY_SEED` have a row for every seed too.
+All settings of a seed share its start, its pairs and its tickets, so two settings are compared seed by seed: `paired`.
+No goals: whatever comes out is what the lesson says.
 """
 
 import copy
@@ -11,11 +13,13 @@ import functools
 import random
 from collections import Counter
 from dataclasses import dataclass, replace
+from math import sqrt
 from statistics import mean, stdev
 
 import torch
 from tqdm import tqdm
 
+from finetune_lab.course import bench
 from finetune_lab.lab import letters, policy, prefer, tasks, train
 from finetune_lab.lab.evaluate import general
 from finetune_lab.lab.models import load
@@ -28,6 +32,8 @@ HELP = "beta, rate, losses, noisy labels, length, mistakes: replies won, KL, log
 
 UNITS = {"KL": "nats", "chosen change": "nats", "rejected change": "nats", "words": "words",
          "training loss": "nats", "story perplexity": "perplexity"}  # fmt: skip
+BY_SEED = ("good", "KL", "chosen change", "words", "no answer", "distinct", "story perplexity")
+T_95 = 2.776  # quantile 0.975 of Student's t, four degrees of freedom: five seeds
 PROMPTS, EACH = 40, 2  # held-out tickets, replies sampled to each
 BATCH = 6  # pairs a step
 
@@ -131,7 +137,9 @@ def trained(setting: Setting, seed: int, model, tokenizer) -> list[dict]:
     how = {"steps": setting.steps, "lr": setting.lr, "beta": setting.beta, "seed": seed, "warmup": 3}
     if setting.loss == "kto":
         thumbs = as_thumbs(pairs)
-        thumbs = random.Random(seed).sample(thumbs, len(thumbs) // 2)  # half of the answers: most lose their partner
+        thumbs = random.Random(seed).sample(
+            thumbs, len(thumbs) // 2
+        )  # half of the answers: half of these lose their partner
         return prefer.kto(model, tokenizer, thumbs, batch_size=BATCH, **how)
     how |= {"batch_size": BATCH, "epsilon": setting.flipped, "logps": shared_pair_logps}
     if setting.mistake == "prompt counted":
@@ -194,4 +202,18 @@ def run(quick: bool) -> list[dict]:
                 rows.append(
                     {"name": f"{setting.label}: {measure}{what}", "value": value, "unit": UNITS.get(measure, "1")}
                 )
+            if measure in BY_SEED:
+                rows += [{"name": f"{setting.label}: {measure}, seed {seed}", "value": one[measure],
+                          "unit": UNITS.get(measure, "1")} for seed, one in zip(seeds, runs, strict=True)]  # fmt: skip
     return rows
+
+
+def paired(first: str, second: str, measure: str) -> tuple[float, float]:
+    """Recorded difference of two settings seed by seed, `first` minus `second`: its mean, and half of its 95 % t-interval.
+
+    first, second: labels of settings; measure: one of BY_SEED. Apart if the mean is larger in size than the half width.
+    """
+    values = {row["name"]: row["value"] for row in bench.recorded(NAME)["rows"]}
+    a, b = ([values[f"{label}: {measure}, seed {seed}"] for seed in range(5)] for label in (first, second))
+    gaps = [x - y for x, y in zip(a, b, strict=True)]
+    return mean(gaps), T_95 * stdev(gaps) / sqrt(5)

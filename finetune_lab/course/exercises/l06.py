@@ -42,6 +42,14 @@ def additive(reference, reward, beta):
     return (reference + torch.softmax(reward / beta, dim=-1)) / 2
 
 
+def only_logits(reference, reward, beta):
+    return reference.log() + reward / beta
+
+
+def logarithm(reference, reward, beta):
+    return torch.log_softmax(reference.log() + reward / beta, dim=-1)
+
+
 exercise(
     "06.1", "the best policy on a leash", preference.kl_optimum, bandit_cases,
     wrong=[
@@ -49,6 +57,8 @@ exercise(
         Wrong(without_reference, "the reference is missing: it multiplies exp(reward / beta)"),
         Wrong(no_logarithm, "inside a softmax the reference stands as its logarithm: reference.log()"),
         Wrong(no_normaliser, "not a distribution yet: divide by the sum, Z"),
+        Wrong(only_logits, "these are logarithms, and Z is missing: a softmax turns them into the policy"),
+        Wrong(logarithm, "these are log-probabilities: softmax instead of log_softmax"),
         Wrong(greedy, "this is the limit for beta -> 0: no leash at all"),
         Wrong(additive, "the reference multiplies, it is not mixed in"),
     ],
@@ -94,6 +104,14 @@ def one_number(logits, labels, average=False):
     return preference.sequence_logps(logits, labels, average).sum()
 
 
+def reduced(logits, labels, average=False):
+    return -F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])
+
+
+def gathered_at_ignored(logits, labels, average=False):
+    return logits[:, :-1].log_softmax(-1).gather(2, labels[:, 1:, None])[..., 0].sum(1)
+
+
 exercise(
     "06.2", "log-probability of an answer", preference.sequence_logps, row_cases, rtol=1e-4, atol=1e-4,
     wrong=[
@@ -101,6 +119,9 @@ exercise(
         Wrong(scored(keep=torch.ones_like), "positions labelled -100 (prompt, padding) must not count"),
         Wrong(scored(logs=lambda s: s.softmax(-1)), "these are probabilities: take log_softmax"),
         Wrong(scored(logs=lambda s: s), "these are logits: they become log-probabilities by log_softmax"),
+        Wrong(scored(logs=lambda s: s.log_softmax(1)), "log_softmax over the vocabulary, the last axis: dim=-1"),
+        Wrong(reduced, "cross_entropy averages over the batch by itself: reduction=\"none\", then sum each row"),
+        Wrong(gathered_at_ignored, "-100 is no token: gather at targets.clamp(min=0), then leave these positions out"),
         Wrong(scored(sign=-1), "the sign: a log-probability is negative, cross-entropy is its negative"),
         Wrong(scored(count=lambda t: t.shape[1]), "the average runs over the labelled tokens, not over the width of the batch"),
         Wrong(always_average, "without average=True it is a sum: DPO needs sums"),
@@ -117,16 +138,32 @@ def pair_cases(draw):
     for beta, n in zip((0.1, 2.0, 0.5), (3, 5, 4), strict=True):
         policy = [(-20 * draw.normal(n).abs()).requires_grad_() for _ in range(2)]
         yield case(*policy, *(-20 * draw.normal(n).abs() for _ in range(2)), beta)
+    far = torch.tensor([-450.0, -3.0], requires_grad=True), torch.tensor([-20.0, -9.0], requires_grad=True)
+    yield case(*far, torch.tensor([-30.0, -8.0]), torch.tensor([-28.0, -7.0]), 0.5)  # a margin of -214: exp underflows
 
 
 def with_gradients(fn, *args):
-    """The result, whether the rewards hang on the graph, and the gradients of the loss at the policy."""
+    """The result, whether the rewards hang on the graph, and the gradients of the loss at the policy (None: no graph)."""
     result = fn(*args)
-    if not isinstance(result, tuple) or not isinstance(result[0], torch.Tensor) or not result[0].requires_grad:
+    if not isinstance(result, tuple) or not all(isinstance(part, torch.Tensor) for part in result):
         return result
+    hang = [reward.requires_grad for reward in result[1:]]
+    if not result[0].requires_grad:
+        return *result, hang, None
     wanted = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
     gradients = torch.autograd.grad(result[0].sum(), wanted, allow_unused=True, retain_graph=True)
-    return result[0].detach(), *result[1:], gradients
+    return *(part.detach() for part in result), hang, gradients
+
+
+def gradient_problem(one, expected, got):
+    """The hint for a right loss with a wrong graph, whatever else is wrong."""
+    if not isinstance(got, tuple) or len(got) != len(expected):
+        return None
+    if got[-1] is None:
+        return (
+            "the loss has no gradient to the policy: detach the rewards that you return, not what the loss is made of"
+        )
+    return "detach the rewards that you return: they are for the log" if any(got[-2]) else None
 
 
 def preferred(gap=lambda c, r, pc, pr, beta: c - r, loss=lambda m, beta: -F.logsigmoid(m), mean=torch.mean, unit=True,
@@ -148,7 +185,7 @@ def loss_alone(policy_chosen, policy_rejected, reference_chosen, reference_rejec
 
 
 exercise(
-    "06.3", "the DPO loss", preference.dpo_loss, pair_cases, call=with_gradients,
+    "06.3", "the DPO loss", preference.dpo_loss, pair_cases, call=with_gradients, diagnose=gradient_problem,
     wrong=[
         Wrong(preferred(gap=lambda c, r, pc, pr, beta: beta * (pc - pr)), "the reference is missing in the margin: compare "
               "log pi - log ref"),
@@ -158,6 +195,11 @@ exercise(
         Wrong(preferred(loss=lambda m, beta: -torch.sigmoid(m)), "the logarithm is missing: -logsigmoid(margin)"),
         Wrong(preferred(loss=lambda m, beta: F.logsigmoid(m)), "the sign: a loss goes down when the margin grows"),
         Wrong(preferred(mean=torch.sum), "mean over the pairs, not the sum: else the step grows with the batch"),
+        Wrong(preferred(loss=lambda m, beta: -torch.log(torch.sigmoid(m))), "log(sigmoid(m)) is minus infinity for a large "
+              "negative margin: F.logsigmoid(m)"),
+        Wrong(preferred(loss=lambda m, beta: -F.logsigmoid(m / beta), unit=False), "beta is missing: it multiplies both "
+              "log-ratios"),
+        Wrong(preferred(detach=False), "detach the rewards: they are for the log, and would keep the whole graph alive"),
         Wrong(preferred(unit=False), "the rewards carry beta: beta * (log pi - log ref)"),
         Wrong(loss_alone, "return three things: mean loss, chosen rewards, rejected rewards"),
     ],
@@ -189,6 +231,11 @@ def positive_rewards(chosen, rejected, tie=0.0):
     return torch.where((chosen - rejected).abs() <= tie, 0.5, (chosen > 0).float()).mean()
 
 
+def ties_dropped(chosen, rejected, tie=0.0):
+    margin = chosen - rejected
+    return (margin[margin.abs() > tie] > 0).float().mean()
+
+
 exercise(
     "06.4", "accuracy of the implicit rewards", preference.reward_accuracy, reward_cases,
     wrong=[
@@ -199,6 +246,7 @@ exercise(
         Wrong(judged(0.5, within=lambda margin, tie: margin <= tie), "take the size of the margin: abs() before comparing "
               "with `tie`, a negative one is wrong and no tie"),
         Wrong(judged(0.5, right=lambda m: m < 0), "right is a chosen answer with the HIGHER reward"),
+        Wrong(ties_dropped, "ties stay in the mean, each as one half: do not leave them out"),
         Wrong(positive_rewards, "compare with the rejected answer: the chosen reward itself may be negative"),
     ],
 )  # fmt: skip
@@ -224,8 +272,13 @@ def margined(m=lambda c, r, gamma, beta: c - r - gamma, unit=lambda beta: beta):
     return simpo_loss
 
 
+def gamma_in_reward(policy_chosen, policy_rejected, beta, gamma):
+    loss, chosen, rejected = preference.simpo_loss(policy_chosen, policy_rejected, beta, gamma)
+    return loss, chosen - gamma, rejected
+
+
 exercise(
-    "06.5", "the SimPO loss", preference.simpo_loss, average_cases, call=with_gradients,
+    "06.5", "the SimPO loss", preference.simpo_loss, average_cases, call=with_gradients, diagnose=gradient_problem,
     wrong=[
         Wrong(margined(lambda c, r, gamma, beta: c - r), "the target margin gamma is missing"),
         Wrong(margined(lambda c, r, gamma, beta: c - r + gamma), "gamma is taken off: the margin must exceed it"),
@@ -233,6 +286,9 @@ exercise(
               "beta * (chosen - rejected) - gamma"),
         Wrong(margined(lambda c, r, gamma, beta: (c - r) / beta - gamma), "beta multiplies both averages"),
         Wrong(margined(lambda c, r, gamma, beta: r - c - gamma), "chosen and rejected are swapped"),
+        Wrong(margined(lambda c, r, gamma, beta: (c - r) / beta - gamma, unit=lambda beta: 1), "beta is missing: it multiplies "
+              "both averages, in the loss and in the rewards"),
+        Wrong(gamma_in_reward, "gamma belongs to the loss: the chosen reward is beta * average alone"),
         Wrong(margined(unit=lambda beta: 1), "the rewards carry beta"),
     ],
 )  # fmt: skip
@@ -247,13 +303,13 @@ def ipo_cases(draw):
         yield case(*policy, *(-2 * draw.normal(n).abs() for _ in range(2)), tau)
 
 
-def squared(target=lambda tau: 1 / (2 * tau), h=lambda c, r: c - r, power=2, unit=lambda tau: tau):
+def squared(target=lambda tau: 1 / (2 * tau), h=lambda c, r: c - r, power=2, unit=lambda tau: tau, mean=torch.mean):
     """`ipo_loss` with one mistake."""
 
     def ipo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, tau):
         chosen, rejected = policy_chosen - reference_chosen, policy_rejected - reference_rejected
         loss = (h(chosen, rejected) - target(tau)).abs() ** power
-        return loss.mean(), unit(tau) * chosen.detach(), unit(tau) * rejected.detach()
+        return mean(loss), unit(tau) * chosen.detach(), unit(tau) * rejected.detach()
 
     return ipo_loss
 
@@ -264,12 +320,19 @@ def scaled_inside(policy_chosen, policy_rejected, reference_chosen, reference_re
     return loss.mean(), tau * chosen.detach(), tau * rejected.detach()
 
 
+def no_reference(policy_chosen, policy_rejected, reference_chosen, reference_rejected, tau):
+    zero = torch.zeros_like(reference_chosen)
+    return preference.ipo_loss(policy_chosen, policy_rejected, zero, zero, tau)
+
+
 exercise(
-    "06.6", "the IPO loss", preference.ipo_loss, ipo_cases, call=with_gradients,
+    "06.6", "the IPO loss", preference.ipo_loss, ipo_cases, call=with_gradients, diagnose=gradient_problem,
     wrong=[
         Wrong(squared(target=lambda tau: 1 / tau), "the target of the margin is 1 / (2 tau), not 1 / tau"),
         Wrong(squared(target=lambda tau: 1 / 2 * tau), "1 / 2 * tau is tau / 2: put brackets, 1 / (2 * tau)"),
-        Wrong(squared(h=lambda c, r: r - c), "chosen and rejected are swapped"),
+        Wrong(squared(h=lambda c, r: r - c), "chosen and rejected are swapped, or the target is added: margin minus target"),
+        Wrong(squared(mean=torch.sum), "mean over the pairs, not the sum"),
+        Wrong(no_reference, "the reference is missing: the margin is one of log-ratios, log pi - log ref"),
         Wrong(squared(power=1), "a square, not a distance"),
         Wrong(scaled_inside, "the margin itself carries no tau: only the target does"),
         Wrong(squared(unit=lambda tau: 1), "the rewards carry tau, as DPO's carry beta"),
@@ -289,14 +352,14 @@ def thumb_cases(draw):
 
 
 def valued(good=lambda r, z0, beta: beta * (r - z0), bad=lambda r, z0, beta: beta * (z0 - r), value=torch.sigmoid,
-           weigh=lambda d, w_good, w_bad: torch.where(d, w_good, w_bad), start=1.0):  # fmt: skip
+           weigh=lambda d, w_good, w_bad: torch.where(d, w_good, w_bad), start=1.0, reward=lambda r, beta: beta * r.detach()):  # fmt: skip
     """`kto_loss` with one mistake."""
 
     def kto_loss(policy, reference, desirable, z0, beta, desirable_weight=1.0, undesirable_weight=1.0):
         ratio = policy - reference
         gain = torch.where(desirable, good(ratio, z0, beta), bad(ratio, z0, beta))
         weight = weigh(desirable, desirable_weight, undesirable_weight)
-        return (weight * (start - value(gain))).mean(), beta * ratio.detach()
+        return (weight * (start - value(gain))).mean(), reward(ratio, beta)
 
     return kto_loss
 
@@ -309,19 +372,21 @@ def log_kto(policy, reference, desirable, z0, beta, desirable_weight=1.0, undesi
 
 
 exercise(
-    "06.7", "the KTO loss", preference.kto_loss, thumb_cases, call=with_gradients,
+    "06.7", "the KTO loss", preference.kto_loss, thumb_cases, call=with_gradients, diagnose=gradient_problem,
     wrong=[
         Wrong(valued(lambda r, z0, beta: r - beta * z0, lambda r, z0, beta: beta * z0 - r), "beta multiplies the whole "
               "difference, r - z0"),
         Wrong(valued(lambda r, z0, beta: beta * r - z0, lambda r, z0, beta: z0 - beta * r), "beta stands before z0 too: "
               "beta * (r - z0)"),
-        Wrong(valued(lambda r, z0, beta: beta * (z0 - r), lambda r, z0, beta: beta * (r - z0)), "good and bad are swapped: a "
-              "good answer gains when r exceeds z0"),
+        Wrong(valued(lambda r, z0, beta: beta * (z0 - r), lambda r, z0, beta: beta * (r - z0)), "good and bad are swapped, or "
+              "the 1 - is missing before sigma: a good answer's loss falls when r exceeds z0"),
         Wrong(valued(bad=lambda r, z0, beta: beta * (r - z0)), "a bad answer gains by falling below z0: z0 - r"),
         Wrong(valued(lambda r, z0, beta: beta * r, lambda r, z0, beta: -beta * r), "the reference point z0 is missing: a gain "
               "counts from the average drift"),
         Wrong(valued(weigh=lambda d, w_good, w_bad: torch.where(d, w_bad, w_good)), "the two weights are swapped"),
         Wrong(valued(weigh=lambda d, w_good, w_bad: 1.0), "the weights lambda_D and lambda_U are missing"),
+        Wrong(valued(reward=lambda r, beta: r.detach()), "the rewards carry beta: beta * log-ratio"),
+        Wrong(valued(reward=lambda r, beta: beta * r), "detach the rewards: they are for the log"),
         Wrong(valued(start=0.0), "the loss is the weight minus the value, lambda - v: the gradient is right, the number is not"),
         Wrong(log_kto, "no logarithm here: KTO's value is the sigmoid itself, that is why it saturates"),
     ],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def kto_reference_point(policy_mismatched: Tensor, reference_mismatched: Tensor) -> Tensor:
-    """z0: the estimate of KL(pi || ref) from mismatched pairs, (x_i, y_i+1), a scalar without gradient, at least 0.
+    """z0: the estimate of KL(pi || ref) from mismatched pairs, (x_i+1, y_i), a scalar without gradient, at least 0.
 
     Both: (batch,) summed log-probabilities of each answer under the NEXT row's prompt: answers nobody asked for there.
     It is the mean log-ratio, clamped at 0 (the paper's estimate and TRL's). Biased, and cheap: no sampling.
