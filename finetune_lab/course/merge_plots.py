@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from finetune_lab.course import bench, plots
+from finetune_lab.course.merge_paired import SKILLS, title
 from finetune_lab.methods import merging
 
 Weights = Mapping[str, Tensor]
-SKILLS = ("extract", "answer", "math")
 
 
 @functools.cache
@@ -34,6 +34,22 @@ def table(*names: str, measures: Sequence[str] = SKILLS, width: int = 32) -> Non
     for name in names:
         cells = ((measure, *found(name, measure)) for measure in measures)
         print(f"{name:{width}} " + "  ".join(f"{m} {100 * mean:3.0f} ± {100 * sd:2.0f}" for m, mean, sd in cells))
+
+
+def difference(one: str, other: str, measure: str) -> tuple[float, float]:
+    """(mean, half of the 95 % interval) of a recorded paired difference. Raises KeyError for a pair that is not there."""
+    name = title(one, other, measure)
+    return _rows()[name], _rows()[f"{name}, half of the 95 % interval"]
+
+
+def gaps(*pairs: tuple[str, str], measure: str = "kept", unit: float = 100, width: int = 60) -> None:
+    """Print recorded paired differences, a line a pair: mean ± half of the 95 % interval, and whether they are apart."""
+    for one, other in pairs:
+        gap, half = difference(one, other, measure)
+        verdict = "apart" if abs(gap) > half else "undecided"
+        digits = 1 if unit == 100 else 2
+        told = f"{one} minus {other.removeprefix(one.split(', ')[0] + ', ')}"
+        print(f"{told:{width}} {measure} {unit * gap:+.{digits}f} ± {unit * half:.{digits}f}  {verdict}")
 
 
 def sweep(

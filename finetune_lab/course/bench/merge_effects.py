@@ -6,8 +6,8 @@ and "kept", its mean over the skills as a share of the specialists' own. Sweeps 
 test items; where a row says "chosen", the scale was chosen on 20 validation items a skill, and only then tested.
 Further: averages of two runs of one task (soups), SLERP, the line to a model with permuted hidden units, subtraction,
 merging on a 4-bit grid, and up to ten models that each know 24 codes (one pool; the spread is over which are merged).
-Each row is a mean over the seeds, with its standard deviation in a row of its own. No goals: whatever comes out is what
-the lesson says.
+Each row is a mean over the seeds, with its standard deviation in a row of its own; rows "A minus B" are paired
+differences with half of their 95 % t-interval (`course.merge_paired`). No goals: whatever comes out is what the lesson says.
 """
 
 import math
@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from finetune_lab.course.bench.lora_effects import codes
+from finetune_lab.course.merge_paired import differences
 from finetune_lab.course.merge_specialists import SKILLS, base, joint, known, score, specialist, stories, train_one
 from finetune_lab.course.merge_ways import (
     Weights,
@@ -210,5 +211,9 @@ def run(quick: bool) -> list[dict]:
     seeds, n, share = (range(2), 8, 1 / 3) if quick else (range(5), 40, 1.0)
     runs = [one_seed(seed, n, share, quick) for seed in tqdm(seeds, desc="seeds", leave=False)]
     rows = [row for name in runs[0] for row in _rows(name, [each[name] for each in runs])]
+    for name, (gap, half) in differences(runs).items():
+        unit = "perplexity" if name.endswith("perplexity") else "1"
+        rows += [{"name": name, "value": gap, "unit": unit}]
+        rows += [{"name": f"{name}, half of the 95 % interval", "value": half, "unit": unit}]
     pool = many((1, 2), 5) if quick else many((1, 2, 3, 5, 10), 60)
     return rows + [row for name, draws in pool.items() for row in _rows(name, draws)]
