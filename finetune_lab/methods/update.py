@@ -23,7 +23,8 @@ def update(
     """Train on one window of micro-batches; returns (mean loss of its labelled tokens, norm of the gradient before clipping).
 
     model: ids (batch, seq) -> logits (batch, seq, vocab). window: pairs of ids and labels, each (batch, seq); the shapes
-    may differ from pair to pair. clip: the largest norm over all parameters of the optimizer together.
+    may differ from pair to pair. clip: the largest norm over the parameters of optimizer.param_groups together: a
+    model that is a plain function has none of its own.
     Source: `transformers.Trainer.training_step`; thread: transformers #34191.
     """
     items = sum(int((labels[:, 1:] != IGNORE_INDEX).sum()) for _, labels in window)

@@ -38,16 +38,20 @@ def window_cases(draw):
                 labels[:, 1:-kept] = IGNORE
                 window.append((ids, labels))
             windows.append(window)
-        yield case(model, windows, clip)
+        yield case(model=model, windows=windows, clip=clip)
 
 
 def two_updates(fn, model, windows, clip):
-    """Two updates with SGD: what is returned, and the weights after each."""
+    """Two updates with SGD: what is returned, and the weights after each. `fn` gets a function, as lesson 05 gives it one."""
     model = copy.deepcopy(model)
+
+    def logits(ids):
+        return model(ids)
+
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     seen = {}
     for n, window in enumerate(windows, 1):
-        loss, norm = fn(model, optimizer, window, clip)
+        loss, norm = fn(logits, optimizer, window, clip)
         seen[f"loss of update {n}"], seen[f"norm of update {n}"] = float(loss), float(norm)
         seen[f"weights after update {n}"] = [p.detach().clone() for p in model.parameters()]
     return seen
@@ -130,6 +134,37 @@ def clip_each(optimizer, trained, clip):
     nn.utils.clip_grad_norm_(trained, clip)
 
 
+def zeroed_before(model, optimizer, window, clip):
+    """`update` that sets the gradients to zero in front of every micro-batch: only the last one teaches."""
+    items = sum(int((labels[:, 1:] != IGNORE).sum()) for _, labels in window)
+    total = 0.0
+    for ids, labels in window:
+        optimizer.zero_grad()
+        loss = sft_loss(model(ids), labels, items)
+        loss.backward()
+        total += loss.item()
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip).item()
+    optimizer.step()
+    optimizer.zero_grad()
+    return total, norm
+
+
+def last_loss(model, optimizer, window, clip):
+    items = sum(int((labels[:, 1:] != IGNORE).sum()) for _, labels in window)
+    with torch.no_grad():
+        last = sft_loss(model(window[-1][0]), window[-1][1], items).item()
+    return last, updates.update(model, optimizer, window, clip)[1]
+
+
+def divided_again(model, optimizer, window, clip):
+    total, norm = updates.update(model, optimizer, window, clip)
+    return total / len(window), norm
+
+
+def asks_the_model(model, optimizer, window, clip):
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+
+
 def norm_after(trained):
     return torch.stack([p.grad.norm() for p in trained]).norm().item()
 
@@ -154,6 +189,11 @@ exercise(
         Wrong(one_update(each=step_each), "one step for the whole window, after all of its micro-batches"),
         Wrong(one_update(each=clip_each), "clip once, when all micro-batches have added their gradients"),
         Wrong(one_update(report=norm_after), "return the norm before clipping: clip_grad_norm_ returns exactly that"),
+        Wrong(zeroed_before, "zero_grad stands inside the loop: only the last micro-batch's gradient is left"),
+        Wrong(last_loss, "this is the loss of the last micro-batch: add up those of the whole window"),
+        Wrong(divided_again, "the loss is divided twice: with num_items the micro-batches' losses add up to the mean"),
+        Wrong(asks_the_model, "model is any function from ids to logits, it need not have parameters(): take those of "
+              "optimizer.param_groups"),
     ],
 )  # fmt: skip
 
@@ -180,6 +220,10 @@ def shaped(rise=None, progress=None, fall=None):
     return schedule
 
 
+def no_warmup_divides(step, steps, warmup):
+    return step / warmup if step <= warmup else schedules.cosine(step, steps, warmup)
+
+
 exercise(
     "05.2", "cosine with warm-up", schedules.cosine, schedule_cases, rtol=1e-6, atol=1e-9,
     wrong=[
@@ -194,6 +238,10 @@ exercise(
         Wrong(shaped(fall=lambda way: math.cos(math.pi * way / 2)), "a quarter of a wave: (1 + cos(pi p)) / 2 is flat at "
               "both ends"),
         Wrong(shaped(fall=lambda way: (1 + math.cos(way)) / 2), "the angle goes from 0 to pi"),
+        Wrong(shaped(progress=lambda step, steps, warmup: (step - warmup) / max(steps - 1 - warmup, 1)), "the last step is "
+              "not 0 in transformers: the way down has steps - warmup steps, and 0 would come one step after the last"),
+        Wrong(shaped(fall=lambda way: (1 - math.cos(math.pi * way)) / 2), "this rises: the sign of the cosine is turned"),
+        Wrong(no_warmup_divides, "without a warm-up this divides by 0: the straight line is for step < warmup alone"),
         Wrong(shaped(fall=lambda way: math.cos(math.pi * way)), "this goes down to -1: shift and halve it"),
     ],
 )  # fmt: skip
@@ -205,6 +253,7 @@ exercise(
     "05.3", "how long is the run", 189, name="run_steps",
     wrong=[
         Wrong(188, "each epoch has a last, smaller window of its own: round up for each epoch, then multiply"),
+        Wrong(187, "the last, smaller window of each epoch is used as well: round up for each epoch, then multiply by 3"),
         Wrong(187.5, "half a step cannot be taken: round up for each epoch"),
         Wrong(186, "the last, smaller window of an epoch is used as well: round up"),
         Wrong(750, "four micro-batches make one step: divide by the accumulation too"),
@@ -254,6 +303,10 @@ exercise(
               "with a width, a whole list of samples shares one row of that width"),
         Wrong(efficiency(padded, lambda lengths, rows: padded(lengths, rows, None) - sum(lengths)),
               "this is the share of padding: the other part is asked for"),
+        Wrong(efficiency(lambda lengths, rows, width: padded(lengths, rows, None)), "width is ignored: where it is given, "
+              "every row has exactly that many slots"),
+        Wrong(lambda lengths, rows, width=None: sum(map(sum, rows)) / sum(width or len(row) * max(row) for row in rows),
+              "rows hold indices, not lengths: look each one up, lengths[i]"),
         Wrong(lambda lengths, rows, width=None: padded(lengths, rows, width) / sum(lengths),
               "upside down: real tokens over computed tokens, at most 1"),
     ],
@@ -300,6 +353,9 @@ exercise(
         Wrong(sorting(kept=lambda labels, n: sum(i != IGNORE for i in labels[1 : n + 1]),
                       lost=lambda labels, n: sum(i != IGNORE for i in labels[n + 1 :])),
               "one token too many is kept: labels[:max_length] has max_length tokens"),
+        Wrong(sorting(kept=lambda labels, n: sum(i != IGNORE for i in labels[1 : n - 1]),
+                      lost=lambda labels, n: sum(i != IGNORE for i in labels[n - 1 :])),
+              "one token too few is kept: labels are not shifted here, max_length tokens stay"),
         Wrong(sorting(kept=lambda labels, n: sum(i != IGNORE for i in labels[1:][-n:]),
                       lost=lambda labels, n: sum(i != IGNORE for i in labels[1:][:-n])),
               "the end of the row is cut off, not its beginning"),
@@ -314,14 +370,14 @@ exercise(
 
 def scaler_cases(draw):
     for interval in (3, 4):
-        yield case(interval, [False] * (2 * interval + 1) + [True] + [False] * (interval - 1) + [True, False, True]
-                   + [False] * (interval + 1))  # fmt: skip
-        yield case(interval, [draw.random() < 0.2 for _ in range(25)])
+        forced = [False] * (2 * interval + 1) + [True] + [False] * (interval - 1) + [True, False, True]
+        yield case(interval=interval, overflows=forced + [False] * (interval + 1))
+        yield case(interval=interval, overflows=[draw.random() < 0.2 for _ in range(25)])
 
 
 def scales(cls, interval, overflows):
     """The scale after each step."""
-    scaler = cls(scale=1024.0, growth=4.0, backoff=0.5, interval=interval)
+    scaler = cls(scale=1024.0, growth=3.0, backoff=0.25, interval=interval)
     seen = []
     for overflow in overflows:
         scaler.update(overflow)
@@ -392,6 +448,28 @@ def one_late(s, overflow):
     s.good_steps += 1
 
 
+def above(s, overflow):
+    if overflow:
+        s.scale, s.good_steps = s.scale * s.backoff, 0
+        return
+    s.good_steps += 1
+    if s.good_steps > s.interval:
+        s.scale, s.good_steps = s.scale * s.growth, 0
+
+
+def goes_on(s, overflow):
+    if overflow:
+        s.scale, s.good_steps = s.scale * s.backoff, 0
+    s.good_steps += 1
+    if s.good_steps == s.interval:
+        s.scale, s.good_steps = s.scale * s.growth, 0
+
+
+def fixed(s, overflow):
+    s.growth, s.backoff = 2.0, 0.5
+    DynamicScaler.update(s, overflow)
+
+
 def wrong_way(s, overflow):
     DynamicScaler.update(s, not overflow)
 
@@ -413,6 +491,9 @@ exercise(
         Wrong(scaler(grows_once), "set good_steps back to 0 when the scale grows, or it never grows again"),
         Wrong(scaler(grows_on_and_on), "set good_steps back to 0 when the scale grows, or it grows at every step from then on"),
         Wrong(scaler(one_late), "one step late: count this step first, then compare with the interval"),
+        Wrong(scaler(above), "`>` waits for one good step too many: it grows when good_steps equals interval"),
+        Wrong(scaler(goes_on), "return after an overflow: here that step is counted as the first good one"),
+        Wrong(scaler(fixed), "use self.growth and self.backoff, not always 2 and 0.5"),
         Wrong(scaler(wrong_way), "the other way round: an overflow means that the scale is too large"),
         Wrong(scaler(divides), "after an overflow multiply by backoff; growth is for the good times"),
     ],
@@ -441,6 +522,7 @@ def statistics(fn, embeddings, alpha):
         "largest / bound": noise.abs().max().item() / bound,
         "standard deviation / bound": noise.std().item() / bound,
         "other rows have other noise": not torch.equal(noise[0], noise[1]),
+        "other tokens have other noise": not torch.equal(noise[:, 0], noise[:, 1]),
         "other entries of a token have other noise": not torch.equal(noise[..., 0], noise[..., 1]),
     }
 
@@ -477,6 +559,10 @@ exercise(
         Wrong(noise_of(make=lambda e, b: e + torch.zeros_like(e).uniform_(-b, b)), "return the noise alone; the caller adds it"),
         Wrong(noise_of(make=lambda e, b: torch.zeros_like(e[..., :1]).uniform_(-b, b).expand_as(e).clone()),
               "one number a token is not enough: every entry has its own noise"),
+        Wrong(noise_of(make=lambda e, b: torch.zeros_like(e[:, :1]).uniform_(-b, b).expand_as(e).clone()),
+              "all tokens of a sequence share one noise: draw for every token too"),
+        Wrong(noise_of(make=lambda e, b: (torch.rand_like(e) - 0.5) * b), "rand - 0.5 reaches only half of the bound: "
+              "2 * rand - 1 lies in (-1, 1)"),
         Wrong(noise_of(make=one_row), "all rows of the batch share one noise: draw for every entry"),
     ],
 )  # fmt: skip

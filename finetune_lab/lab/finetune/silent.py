@@ -16,6 +16,8 @@ from finetune_lab.lab.finetune.recipe import tier_of
 from finetune_lab.lab.templates import has_marks
 from finetune_lab.methods.chat import IGNORE_INDEX
 
+Lines = Sequence[int] | None  # the line of each row in its file, to name it by; None where there is no file
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -30,14 +32,14 @@ class Finding:
         return f"{self.level}: {self.found} {self.fix}"
 
 
-def no_labelled_token(examples: Sequence[Example]) -> Finding | None:
+def no_labelled_token(examples: Sequence[Example], lines: Lines = None) -> Finding | None:
     """Rows where nothing counts in the loss: they teach nothing, and a batch of them has the loss 0/0 or 0."""
-    empty = [i + 1 for i, example in enumerate(examples) if not example.counted]
+    empty = [i for i, example in enumerate(examples) if not example.counted]
     if not empty:
         return None
     return Finding(
         "no labelled token", "error" if len(empty) == len(examples) else "warning",
-        f"{len(empty)} of {len(examples)} rows have no token that counts in the loss ({_some(empty)}); they are left out.",
+        f"{len(empty)} of {len(examples)} rows have no token that counts in the loss ({_some(empty, lines)}); they are left out.",
         "Raise max_length if the prompt fills it, or check which turns the loss counts.",
     )  # fmt: skip
 
@@ -54,15 +56,15 @@ def end_of_turn_not_in_loss(examples: Sequence[Example], end: int) -> Finding | 
     )  # fmt: skip
 
 
-def answer_cut_off(examples: Sequence[Example], max_length: int) -> Finding | None:
+def answer_cut_off(examples: Sequence[Example], max_length: int, lines: Lines = None) -> Finding | None:
     """Rows cut inside the answer: the model learns to stop in the middle, or never sees an end of turn."""
-    cut = [i + 1 for i, e in enumerate(examples) if e.lost and e.counted]
+    cut = [i for i, e in enumerate(examples) if e.lost and e.counted]
     if not cut:
         return None
-    lost = sum(e.lost for e in examples)
+    lost = sum(e.lost for e in examples if e.counted)
     return Finding(
         "answer cut off", "warning",
-        f"{len(cut)} of {len(examples)} rows lose the end of their answer at {max_length} tokens ({_some(cut)}; "
+        f"{len(cut)} of {len(examples)} rows lose the end of their answer at {max_length} tokens ({_some(cut, lines)}; "
         f"{lost} labelled tokens in all).",
         "Raise max_length, or shorten the prompts.",
     )  # fmt: skip
@@ -90,14 +92,14 @@ def no_generation_marks(tokenizer, loss: str) -> Finding | None:
     )  # fmt: skip
 
 
-def double_bos(examples: Sequence[Example], bos: int | None) -> Finding | None:
+def double_bos(examples: Sequence[Example], bos: int | None, lines: Lines = None) -> Finding | None:
     """Two begin-of-text tokens: the template writes one and the tokenizer, or the data, adds another."""
-    double = [i + 1 for i, e in enumerate(examples) if bos is not None and e.ids[:2] == [bos, bos]]
+    double = [i for i, e in enumerate(examples) if bos is not None and e.ids[:2] == [bos, bos]]
     if not double:
         return None
     return Finding(
         "double BOS", "warning",
-        f"{len(double)} of {len(examples)} rows begin with two begin-of-text tokens ({_some(double)}).",
+        f"{len(double)} of {len(examples)} rows begin with two begin-of-text tokens ({_some(double, lines)}).",
         "The template writes it already: take it out of the data, or tokenise with add_special_tokens=False.",
     )  # fmt: skip
 
@@ -113,9 +115,10 @@ def rate_out_of_range(method: str, lr: float, parameters: int, kind: str = "extr
     if usual / 10 < lr <= 5 * usual:
         return None
     low = lr < usual
+    size = f"{parameters / 1e9:.3g} billion" if parameters >= 1e9 else f"{parameters / 1e6:.3g} million"
     return Finding(
         "learning rate out of range", "warning",
-        f"the learning rate {lr:g} is {'low' if low else 'high'} for {method} on {parameters / 1e6:.3g} million parameters.",
+        f"the learning rate {lr:g} is {'low' if low else 'high'} for {method} on {size} parameters.",
         f"{'The model will hardly change' if low else 'The model may break'}: begin with {usual:g}.",
     )  # fmt: skip
 
@@ -144,15 +147,17 @@ def same_in_both(train: Sequence[str], valid: Sequence[str]) -> Finding | None:
     )  # fmt: skip
 
 
-def repeated(rows: Sequence[str]) -> Finding | None:
+def repeated(rows: Sequence[str], lines: Lines = None) -> Finding | None:
     """The same row (as text) again and again: it counts as often as it stands there, and is learnt by heart first."""
     more = len(rows) - len(set(rows))
     if not more:
         return None
     most, times = Counter(rows).most_common(1)[0]
+    first = rows.index(most)
+    where = f"line {lines[first]}" if lines else f"row {first + 1}"
     return Finding(
         "repeated rows", "warning",
-        f"{more} of {len(rows)} rows are copies of another one (row {rows.index(most) + 1} stands there {times} times).",
+        f"{more} of {len(rows)} rows are copies of another one ({where} stands there {times} times).",
         "Keep one of each, unless the weight is meant.",
     )  # fmt: skip
 
@@ -190,8 +195,11 @@ def fsdp_without_gpu(cuda: bool, environment=os.environ) -> Finding | None:
     )  # fmt: skip
 
 
-def _some(numbers: Sequence[int], most: int = 5) -> str:
-    return "rows " + ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
+def _some(places: Sequence[int], lines: Sequence[int] | None, most: int = 5) -> str:
+    """Where it was found. places: from 0; lines: of each place in the file, None where there is no file."""
+    numbers = sorted({lines[i] if lines else i + 1 for i in places})
+    some = ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
+    return ("lines " if lines else "rows ") + some
 
 
 def labelled_share(examples: Sequence[Example]) -> float:

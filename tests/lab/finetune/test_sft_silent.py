@@ -73,6 +73,18 @@ def test_an_answer_cut_off_is_found_with_the_tokens_it_loses(tokenizer):
     assert "1 of 1" in found.found and "2 labelled tokens" in found.found
 
 
+def test_the_tokens_that_cut_answers_lose_leave_out_the_rows_that_keep_none(tokenizer):
+    long = {**ROW, "prompt": [{"role": "user", "content": ROW["prompt"][0]["content"] * 9}]}
+    short = len(encode_all([ROW], tokenizer, "completion", 256)[0].ids) - 2
+    found = silent.answer_cut_off(encode_all([ROW, long], tokenizer, "completion", short), short)
+    assert "1 of 2" in found.found and "2 labelled tokens" in found.found
+
+
+def test_the_size_of_a_model_is_told_in_words():
+    assert "on 8 billion parameters" in silent.rate_out_of_range("full", 2e-4, 8_000_000_000).found
+    assert "on 135 million parameters" in silent.rate_out_of_range("lora", 1.0, 135_000_000).found
+
+
 def test_pad_that_ends_a_text_is_found(tokenizer, chatml):
     assert silent.pad_is_eos(tokenizer, turn_end(tokenizer)) is None
     assert silent.pad_is_eos(chatml, turn_end(chatml)).level == "note"
