@@ -25,11 +25,13 @@ template itself has a third way, which changes nothing: `finetune_lab.lab.contro
 
 import unicodedata
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import TemplateError
 
 from finetune_lab.errors import UserError
+from finetune_lab.lab import layouts
 from finetune_lab.lab.control_tokens import control_tokens, escape_control_tokens
 from finetune_lab.lab.jsonl import MAX_LINE_BYTES, BadLine, Problem, kind_of, read_jsonl
 
@@ -39,29 +41,43 @@ FORMATS = {
     "preference": {"prompt", "chosen", "rejected"},
     "unpaired": {"prompt", "completion", "label"},
 }
-KEPT = {"id", "meta"}
-EXPECTED = (
-    '{"messages": [...]}, {"prompt", "completion"}, {"prompt", "chosen", "rejected"} or '
-    '{"prompt", "completion", "label"}'
-)
-HINTS = {
-    "instruction": "this looks like Alpaca: join instruction and input as 'prompt', rename output to 'completion'",
-    "conversations": "this looks like ShareGPT: write 'messages', with 'role' for 'from' and 'content' for 'value'",
-    "text": "plain text says nothing about who speaks: write 'messages' or 'prompt' and 'completion'",
+SHAPES = {
+    "messages": '{"messages": [...]}',
+    "prompt-completion": '{"prompt", "completion"}',
+    "preference": '{"prompt", "chosen", "rejected"}',
+    "unpaired": '{"prompt", "completion", "label"}',
 }
+KEPT = {"id", "meta"}
 SHOWN = 20
 
 
 class DataError(UserError):
-    """Every bad line of a file, in `problems` (file, line, wrong, expected); the message shows the first twenty."""
+    """Every bad line of a file, in `problems` (file, line, wrong, expected); the message shows twenty reasons."""
 
     def __init__(self, problems: list[Problem]):
         self.problems = problems
-        shown = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
-        rest = len(problems) - SHOWN
-        more = f"\n  ... and {rest} more" if rest > 0 else ""
+        groups: dict[tuple, list[Problem]] = {}
+        for problem in problems:
+            groups.setdefault((problem.file, problem.wrong, problem.expected), []).append(problem)
+        shown = "\n".join(f"  {_together(group)}" for group in list(groups.values())[:SHOWN])
+        rest = sum(map(len, list(groups.values())[SHOWN:]))
+        more = f"\n  ... and {rest} more" if rest else ""
         lines = "1 bad line" if len(problems) == 1 else f"{len(problems)} bad lines"
         super().__init__(f"{lines}; no row was loaded.\n{shown}{more}")
+
+
+def _together(group: list[Problem], most: int = 6) -> str:
+    """Problems of one reason as one line of text: "FILE: lines 1-20, 24: ..."."""
+    if len(group) == 1:
+        return str(group[0])
+    runs: list[list[int]] = []
+    for line in (problem.line for problem in group):
+        if runs and line == runs[-1][1] + 1:
+            runs[-1][1] = line
+        else:
+            runs.append([line, line])
+    some = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs[:most]) + (", ..." if len(runs) > most else "")
+    return f"{group[0].file}: {len(group)} lines ({some}): {group[0].wrong}; expected {group[0].expected}"
 
 
 def load_jsonl(
@@ -71,11 +87,14 @@ def load_jsonl(
     tokenizer=None,
     special_tokens: str = "error",
     max_line_bytes: int = MAX_LINE_BYTES,
+    kinds: Sequence[str] = tuple(FORMATS),
+    lines: list[int] | None = None,
 ) -> list[dict]:
     """Return the rows of a JSONL file in conversational form, ready for `datasets.Dataset.from_list`.
 
     kind: "messages", "prompt-completion", "preference" or "unpaired"; None takes the format of the first line that has one.
     tokenizer: of the model to train; decides what a control token is. special_tokens: "error" or "escape".
+    kinds: the formats that messages tell the reader to write. lines: a list that gets the line number of each row.
     Raises DataError with all bad lines at once, UserError for a file that cannot be read or has no rows.
     """
     path = Path(path)
@@ -89,7 +108,7 @@ def load_jsonl(
             try:
                 if isinstance(value, BadLine):
                     raise value
-                found = format_of(value)
+                found = format_of(value, kinds)
                 if kind is not None and found != kind:
                     raise BadLine(f"the line is {found} data", f"{kind}, as asked for or as in the lines before")
                 kind = found
@@ -97,6 +116,8 @@ def load_jsonl(
                 if _guard(row, tokenizer, escape=special_tokens == "escape"):
                     escaped.append(number)
                 rows.append(row)
+                if lines is not None:
+                    lines.append(number)
             except BadLine as error:
                 problems.append(Problem(str(path), number, error.wrong, error.expected))
     except OSError as error:
@@ -111,15 +132,16 @@ def load_jsonl(
     return rows
 
 
-def format_of(row: dict) -> str:
-    """The name of the row's format, from its keys. Raises BadLine when it is none of the four."""
+def format_of(row: dict, kinds: Sequence[str] = tuple(FORMATS)) -> str:
+    """The name of the row's format, from its keys. Raises BadLine when it is none of the four, naming `kinds`."""
     keys = set(row) - KEPT
     for name, needed in FORMATS.items():
         if keys == needed:
             return name
-    hint = next((HINTS[key] for key in HINTS if key in keys), None)
+    hint = layouts.hint(keys, {kind: FORMATS[kind] for kind in kinds})
     listed = ", ".join(repr(key[:40]) for key in sorted(keys)[:8]) or "none"
-    expected = f"{EXPECTED}, and nothing else but 'id' and 'meta'"
+    *most, last = (SHAPES[kind] for kind in kinds)
+    expected = f"{', '.join(most) + ' or ' if most else ''}{last}, and nothing else but 'id' and 'meta'"
     raise BadLine(f"the keys are {listed}", expected + (f" ({hint})" if hint else ""))
 
 
@@ -136,6 +158,7 @@ def conversational(row: dict, kind: str) -> dict:
         answer = row[key]
         if isinstance(answer, str):
             answer = [{"role": "assistant", "content": answer}]
+        layouts.refuse_conversation(answer, key, out["prompt"])
         out[key] = _turns(answer, key, last="assistant", first="assistant")
         if len(out[key]) != 1:
             raise BadLine(
@@ -145,7 +168,11 @@ def conversational(row: dict, kind: str) -> dict:
         raise BadLine("chosen and rejected are the same", "two different answers: an equal pair teaches nothing")
     if kind == "unpaired":
         if not isinstance(row["label"], bool):
-            raise BadLine(f"label is {kind_of(row['label'])}", "true for a good answer, false for a bad one")
+            number = row["label"] in (0, 1) and isinstance(row["label"], (int, float))
+            wanted = "true for a good answer, false for a bad one" + (
+                " (write true for 1, false for 0)" if number else ""
+            )
+            raise BadLine(f"label is {row['label'] if number else kind_of(row['label'])}", wanted)
         out["label"] = row["label"]
     return out
 
@@ -213,7 +240,7 @@ def _guard(row: dict, tokenizer, *, escape: bool) -> bool:
                 position, token = found[0]
                 raise BadLine(
                     f"{key}[{i}] ({message['role']}) holds the control token {token!r} at character {position + 1}",
-                    "plain text; load with special_tokens='escape' to keep it as visible text",
+                    "plain text; --special-tokens escape (in Python: special_tokens='escape') keeps it as visible text",
                 )
             if found:
                 try:

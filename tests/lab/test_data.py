@@ -143,12 +143,60 @@ def test_all_bad_lines_are_reported_at_once_with_exact_numbers(write, plan):
             load_jsonl(write(*lines))
 
 
-def test_the_message_shows_twenty_bad_lines_and_counts_the_rest(write):
+def test_the_message_shows_twenty_reasons_and_counts_the_rest(write):
     with pytest.raises(DataError) as caught:
-        load_jsonl(write(*[b"nope"] * 33))
+        load_jsonl(write(*[{f"key{n}": 1} for n in range(33)]))
     assert len(caught.value.problems) == 33
     assert "own.jsonl:20:" in str(caught.value) and "own.jsonl:21:" not in str(caught.value)
     assert str(caught.value).endswith("... and 13 more")
+
+
+def test_lines_with_one_reason_are_said_once(write):
+    with pytest.raises(DataError) as caught:
+        load_jsonl(write(*[b"nope"] * 30, GOOD, b"nope", b"[1]"))
+    assert str(caught.value).count("not JSON") == 1
+    assert "own.jsonl: 31 lines (1-30, 32): not JSON" in str(caught.value) and "own.jsonl:33: " in str(caught.value)
+
+
+CHAT = [{"role": "user", "content": "Is it red?"}, {"role": "assistant", "content": "Yes."}]
+OTHER = [CHAT[0], {"role": "assistant", "content": "No."}]
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        (
+            {"prompt": "Is it red?", "chosen": CHAT, "rejected": OTHER},
+            "chosen repeats the prompt (2 turns); expected only",
+        ),
+        ({"prompt": "And now?", "chosen": CHAT, "rejected": OTHER}, "chosen is a whole conversation (2 turns)"),
+        ({"chosen": CHAT, "rejected": OTHER}, "write the turns before the last answer as 'prompt'"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 8, "score_rejected": 2},
+            "drop 'score_chosen', 'score_rejected', or keep",
+        ),
+        ({"question": "a", "chosen": "b", "rejected": "c"}, "rename 'question' to 'prompt')"),
+        ({"question": "a", "answer": "b", "source": "c"}, "rename 'question' to 'prompt' and drop 'source'"),
+        ({"prompt": "a", "completion": "b", "label": 1}, "write true for 1"),
+        ({"prompt": "a <|end|>", "completion": "b"}, "--special-tokens escape"),
+    ],
+)
+def test_public_layouts_get_a_way_forward(write, row, hint):
+    with pytest.raises(DataError) as caught:
+        load_jsonl(write(row))
+    assert hint in str(caught.value)
+
+
+def test_messages_name_only_the_formats_that_were_asked_for(write):
+    with pytest.raises(DataError) as caught:
+        load_jsonl(write({"prompt": "a"}), kinds=("preference", "unpaired"))
+    assert '"rejected"}' in str(caught.value) and '"messages"' not in str(caught.value)
+
+
+def test_each_row_has_its_line(write):
+    lines = []
+    load_jsonl(write(b"", GOOD, b"", GOOD), lines=lines)
+    assert lines == [2, 4]
 
 
 json_values = st.recursive(

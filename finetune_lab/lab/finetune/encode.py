@@ -67,7 +67,8 @@ def render(tokenizer, turns: list[dict], **how) -> dict:
             "this model has no chat template (a base model?): use an -Instruct model, or give it a template."
         )
     try:
-        return tokenizer.apply_chat_template(turns, return_dict=True, **how)
+        # verbose: transformers warns of texts longer than the model, and ours are cut (and said to be) later
+        return tokenizer.apply_chat_template(turns, return_dict=True, tokenizer_kwargs={"verbose": False}, **how)
     except (TemplateError, ValueError) as error:
         raise UserError(f"the model's chat template refuses this data: {error}") from error
 

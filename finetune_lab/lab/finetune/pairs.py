@@ -95,6 +95,13 @@ def as_rated(rows: Sequence[dict], seed: int) -> list[dict]:
     return rated
 
 
+def lines_of_rated(rows: Sequence[dict], lines: Sequence[int], seed: int) -> list[int]:
+    """The line of each row that `as_rated` gives; a pair stands there twice."""
+    out = [line for row, line in zip(rows, lines, strict=True) for _ in range(1 if "label" in row else 2)]
+    random.Random(seed).shuffle(out)
+    return out
+
+
 def preview_preference(example: Pair | Rated, tokenizer) -> str:
     """The text of a row, what is compared between [[ and ]], and which answer is the better one."""
     if isinstance(example, Rated):

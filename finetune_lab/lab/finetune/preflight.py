@@ -15,7 +15,7 @@ from finetune_lab.errors import UserError
 from finetune_lab.lab import models
 from finetune_lab.lab.finetune import build, encode, memory, silent, sources
 from finetune_lab.lab.finetune.encode import Example
-from finetune_lab.lab.finetune.pairs import Pair
+from finetune_lab.lab.finetune.pairs import Pair, Rated
 from finetune_lab.lab.finetune.recipe import AnyRecipe, Recipe, SftRecipe
 from finetune_lab.lab.finetune.silent import Finding
 
@@ -38,12 +38,16 @@ class Preflight:
     previews: list[str]
     findings: list[Finding]
 
+    def kind(self) -> str:
+        """The format that is trained on, as in `data.FORMATS`: with loss kto pairs have become single answers."""
+        return "unpaired" if isinstance(self.train[0] if self.train else None, Rated) else self.rows.kind
+
     def lengths(self) -> dict:
-        """Tokens of the training examples: rows, all, median, longest, share that counts in the loss."""
-        sizes = [len(e.ids) for e in self.train]
+        """Tokens of the training examples: rows, all, median and longest sequence (a pair has two), share that counts in the loss."""
+        sequences = [s for e in self.train for s in ((e.chosen, e.rejected) if isinstance(e, Pair) else (e,))]
+        sizes = [len(s.ids) for s in sequences]
         return {
-            "rows": len(sizes), "tokens": sum(sizes), "median": statistics.median(sizes),
-            "longest": max(e.longest for e in self.train),
+            "rows": len(self.train), "tokens": sum(sizes), "median": statistics.median(sizes), "longest": max(sizes),
             "labelled_share": silent.labelled_share(self.train),
         }  # fmt: skip
 
@@ -51,7 +55,7 @@ class Preflight:
         """For --json and the report."""
         return {
             "recipe": asdict(self.recipe), "parameters": self.parameters, "data": self.lengths(),
-            "kind": self.rows.kind, "scored_rows": len(self.valid_rows), "notes": list(self.rows.notes),
+            "kind": self.kind(), "scored_rows": len(self.valid_rows), "notes": list(self.rows.notes),
             "total_steps": self.total_steps, "memory": self.memory, "free_bytes": self.free_bytes,
             "previews": self.previews, "findings": [asdict(f) for f in self.findings],
         }  # fmt: skip
@@ -77,7 +81,7 @@ def inspect(recipe: SftRecipe) -> Preflight:
     findings = [
         silent.rate_out_of_range(recipe.method, recipe.lr, parameters),
         silent.no_generation_marks(tokenizer, recipe.loss),
-        silent.repeated(list(map(sources.row_key, rows.train))),
+        silent.repeated(list(map(sources.row_key, rows.every)), rows.every_line),
         silent.few_scored(len(scored)),
     ]
     previews = [encode.preview(e, tokenizer) for e in (train or encoded)[:3]]
@@ -120,17 +124,17 @@ def concluded(
     """
     train = [e for e in encoded if e.counted]
     cuda = build.device_of(recipe.model) != "cpu"
-    longest = max(e.longest for e in encoded)
+    longest, lines = max(e.longest for e in train or encoded), rows.lines
     need = memory.estimated(recipe, models.locate(recipe.model), longest, cuda, objective)
     free, end, total, scored = memory.free_bytes(cuda), encode.turn_end(tokenizer), 0, rows.valid[: recipe.test_items]
     if train:
         total = steps_of(recipe, count)
         recipe = replace(recipe, save_every=recipe.save_every or math.ceil(total / 10))
     findings = [
-        silent.no_labelled_token(encoded),
+        silent.no_labelled_token(encoded, lines),
         silent.end_of_turn_not_in_loss(encoded, end),
-        silent.answer_cut_off(encoded, recipe.max_length),
-        silent.double_bos(encoded, tokenizer.bos_token_id),
+        silent.answer_cut_off(encoded, recipe.max_length, lines),
+        silent.double_bos(encoded, tokenizer.bos_token_id, lines),
         silent.warmup_too_long(recipe.warmup, total) if train else None,
         silent.same_in_both(list(map(sources.prompt_key, rows.train)), list(map(sources.prompt_key, scored))),
         silent.pad_is_eos(tokenizer, end),
@@ -164,7 +168,7 @@ def lines(found: Preflight) -> list[str]:
     out = [f"{r.method} on {r.model} ({size}): {what}, {r.precision}, lr {r.lr:g}, {steps}"]
     if data:
         out.append(
-            f"data: {data['rows']} rows ({found.rows.kind}), {data['tokens']:,} tokens, median {data['median']:g}, "
+            f"data: {data['rows']} rows ({found.kind()}), {data['tokens']:,} tokens, median {data['median']:g}, "
             f"longest {data['longest']}; {data['labelled_share']:.0%} of the tokens count in the loss ({r.loss})"
         )
     out += [f"data: {note}" for note in found.rows.notes]

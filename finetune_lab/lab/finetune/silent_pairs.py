@@ -8,19 +8,19 @@ import json
 from collections.abc import Sequence
 
 from finetune_lab.lab.finetune.pairs import Pair, Rated
-from finetune_lab.lab.finetune.silent import Finding, _some
+from finetune_lab.lab.finetune.silent import Finding, Lines, _some
 
 ONE_SIDED = 0.8  # share of pairs whose chosen answer is the longer (or the shorter) one
 
 
-def same_answer(pairs: Sequence[Pair]) -> Finding | None:
+def same_answer(pairs: Sequence[Pair], lines: Lines = None) -> Finding | None:
     """Two answers that differ in the file but not in what the model reads: the loss of such a pair stays log 2."""
-    same = [i + 1 for i, pair in enumerate(pairs) if pair.counted and pair.chosen.ids == pair.rejected.ids]
+    same = [i for i, pair in enumerate(pairs) if pair.counted and pair.chosen.ids == pair.rejected.ids]
     if not same:
         return None
     return Finding(
         "same answer twice", "error" if len(same) == len(pairs) else "warning",
-        f"{len(same)} of {len(pairs)} pairs are the same tokens after the chat template and max_length ({_some(same)}).",
+        f"{len(same)} of {len(pairs)} pairs are the same tokens after the chat template and max_length ({_some(same, lines)}).",
         "Raise max_length if they part behind it, or drop them: they teach nothing.",
     )  # fmt: skip
 
@@ -45,24 +45,40 @@ def length_decides(pairs: Sequence[Pair], least: int = 10) -> Finding | None:
     )  # fmt: skip
 
 
-def both_ways(rows: Sequence[dict]) -> Finding | None:
+def both_ways(rows: Sequence[dict], lines: Lines = None) -> Finding | None:
     """The same two answers to the same prompt, preferred once this way and once that way: they cancel."""
     first: dict[str, int] = {}
     against = []
     for i, row in enumerate(rows):
         first.setdefault(_key(row, "chosen", "rejected"), i)
         if _key(row, "rejected", "chosen") in first:
-            against.append(i + 1)
+            against.append(i)
     if not against:
         return None
     return Finding(
         "preferred both ways", "warning",
-        f"{len(against)} of {len(rows)} pairs say the opposite of an earlier pair ({_some(against)}).",
+        f"{len(against)} of {len(rows)} pairs say the opposite of an earlier pair ({_some(against, lines)}).",
         "Decide, or drop both. With many of them use loss robust and their share as label_smoothing.",
     )  # fmt: skip
 
 
-def prompt_in_answers(rows: Sequence[dict]) -> Finding | None:
+def labelled_both_ways(rows: Sequence[dict], lines: Lines = None) -> Finding | None:
+    """The same answer to the same prompt, called good once and bad once: the two rows pull against each other."""
+    labels: dict[str, set[bool]] = {}
+    for row in rows:
+        labels.setdefault(_key(row, "completion"), set()).add(row["label"])
+    against = [i for i, row in enumerate(rows) if len(labels[_key(row, "completion")]) == 2]
+    if not against:
+        return None
+    return Finding(
+        "labelled both ways", "warning",
+        f"{len(against)} of {len(rows)} rows have an answer that is labelled true and false for the same prompt "
+        f"({_some(against, lines)}).",
+        "Decide, or drop them; balance the weights afterwards.",
+    )  # fmt: skip
+
+
+def prompt_in_answers(rows: Sequence[dict], lines: Lines = None) -> Finding | None:
     """Answers that begin with the prompt (older data sets hold whole conversations): the model learns to repeat it."""
 
     def repeats(row: dict) -> bool:
@@ -70,12 +86,12 @@ def prompt_in_answers(rows: Sequence[dict]) -> Finding | None:
         said = [row[key][-1]["content"].strip() for key in ("chosen", "rejected", "completion") if key in row]
         return len(asked) > 8 and all(text.startswith(asked) for text in said)
 
-    found = [i + 1 for i, row in enumerate(rows) if repeats(row)]
+    found = [i for i, row in enumerate(rows) if repeats(row)]
     if len(found) * 10 < len(rows):
         return None
     return Finding(
         "prompt in the answers", "warning",
-        f"{len(found)} of {len(rows)} rows repeat the prompt at the start of every answer ({_some(found)}).",
+        f"{len(found)} of {len(rows)} rows repeat the prompt at the start of every answer ({_some(found, lines)}).",
         "Cut it out of chosen and rejected: the prompt has its own column.",
     )  # fmt: skip
 
@@ -112,5 +128,5 @@ def no_start(adapter: str | None, model: str) -> Finding | None:
     )  # fmt: skip
 
 
-def _key(row: dict, better: str, worse: str) -> str:
-    return json.dumps([row["prompt"], row[better], row[worse]], sort_keys=True)
+def _key(row: dict, *answers: str) -> str:
+    return json.dumps([row["prompt"], *(row[name] for name in answers)], sort_keys=True)

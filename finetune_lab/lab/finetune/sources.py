@@ -29,6 +29,9 @@ class Rows:
     train: list[dict]
     valid: list[dict] = field(default_factory=list)
     notes: tuple[str, ...] = ()
+    lines: tuple[int, ...] = ()  # of each training row in its file; empty where there is no file
+    every: list[dict] = field(default_factory=list)  # the rows of the file before any were held out
+    every_line: tuple[int, ...] = ()
 
     def fingerprint(self) -> str:
         """A hash of every row: a run that goes on must see the same data."""
@@ -44,7 +47,8 @@ def read(recipe: Recipe, tokenizer, parameters: int, kinds: tuple[str, ...]) -> 
     if recipe.task:
         return _task(recipe, parameters, kinds)
     notes: list[str] = []
-    rows = _load(recipe.data, tokenizer, recipe.special_tokens, notes)
+    lines: list[int] = []
+    rows = every = _load(recipe.data, tokenizer, recipe.special_tokens, notes, kinds, lines)
     kind = data.format_of(rows[0])
     if kind not in kinds:
         raise UserError(
@@ -52,18 +56,21 @@ def read(recipe: Recipe, tokenizer, parameters: int, kinds: tuple[str, ...]) -> 
             f"({' or '.join('{' + ', '.join(sorted(data.FORMATS[k])) + '}' for k in kinds)})."
         )
     if recipe.items:
-        rows = rows[: recipe.items]
-    valid: list[dict] = []
+        rows = every = rows[: recipe.items]
+        lines = lines[: recipe.items]
+    every_line, valid = lines, []
     if recipe.valid:
-        valid = _load(recipe.valid, tokenizer, recipe.special_tokens, notes)
+        valid = _load(recipe.valid, tokenizer, recipe.special_tokens, notes, kinds, [])
         if data.format_of(valid[0]) != kind:
             raise UserError(
                 f"{recipe.valid} holds {data.format_of(valid[0])} data, {recipe.data} {kind} data: use one."
             )
     elif recipe.hold_out:
-        rows, valid = split(rows, recipe.hold_out, recipe.seed)
+        rows, valid = split(every, recipe.hold_out, recipe.seed)
+        kept = set(map(id, rows))  # the very rows, not equal ones
+        lines = [line for row, line in zip(every, lines, strict=True) if id(row) in kept]
         notes.append(f"{len(valid)} rows were drawn from the data for scoring (hold_out {recipe.hold_out:g})")
-    return Rows(kind, rows, valid, tuple(notes))
+    return Rows(kind, rows, valid, tuple(notes), tuple(lines), every, tuple(every_line))
 
 
 def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
@@ -109,7 +116,8 @@ def _task(recipe: Recipe, parameters: int, kinds: tuple[str, ...]) -> Rows:
         note += "; half of the letters to imitate break the shop's rule: `finetune-lab dpo` mends that"
     if as_pair:
         valid = [_pair(item) | {"facts": item["facts"]} for item in valid]
-    return Rows("preference" if as_pair else "prompt-completion", train, valid, (note,) if valid else ())
+    kind = "preference" if as_pair else "prompt-completion"
+    return Rows(kind, train, valid, (note,) if valid else (), every=train)
 
 
 def _letter(item: dict, archive: random.Random) -> dict:
@@ -122,8 +130,11 @@ def _pair(item: dict) -> dict:
     return {"prompt": item["prompt"], "chosen": item["completion"], "rejected": item["rejected"]}
 
 
-def _load(source: str, tokenizer, special_tokens: str, notes: list[str]) -> list[dict]:
-    """Rows of a JSONL file, or of a hub data set `owner/name` or `owner/name:split`. Adds sentences to `notes`."""
+def _load(
+    source: str, tokenizer, special_tokens: str, notes: list[str], kinds: tuple[str, ...], lines: list[int]
+) -> list[dict]:
+    """Rows of a JSONL file, or of a hub data set `owner/name` or `owner/name:split`. Adds sentences to `notes`, and the
+    line of each row to `lines`."""
     path = Path(source).expanduser()
     if path.is_dir():
         raise UserError(f"{source} is a folder. Give a JSONL file, or a hub data set (owner/name).")
@@ -134,7 +145,7 @@ def _load(source: str, tokenizer, special_tokens: str, notes: list[str]) -> list
         warnings.simplefilter("always")
         if fetched:
             path = _from_hub(source, Path(folder), notes)
-        rows = data.load_jsonl(path, tokenizer=tokenizer, special_tokens=special_tokens)
+        rows = data.load_jsonl(path, tokenizer=tokenizer, special_tokens=special_tokens, kinds=kinds, lines=lines)
     notes.extend(str(each.message) for each in caught if issubclass(each.category, UserWarning))
     return rows
 

@@ -1,5 +1,7 @@
 """Claims about the data of preference training: formats, what is shown of them, what stops a run before it starts."""
 
+import logging
+
 import pytest
 
 from finetune_lab.errors import UserError
@@ -91,6 +93,56 @@ def test_lengths_count_both_answers_and_the_longest_is_one_sequence(look):
     e = found.train[0]
     assert found.lengths()["tokens"] == len(e.chosen.ids) + len(e.rejected.ids)
     assert found.lengths()["longest"] == len(e.chosen.ids)
+
+
+def test_median_and_longest_count_the_same_thing(look):
+    for loss in ("sigmoid", "kto"):
+        sizes = look(*map(pair, range(4)), loss=loss).lengths()
+        assert sizes["median"] <= sizes["longest"]
+
+
+def test_pairs_trained_with_kto_are_called_single_answers(look):
+    assert look(*map(pair, range(4)), loss="kto").as_dict()["kind"] == "unpaired"
+    assert look(*map(pair, range(4))).as_dict()["kind"] == "preference"
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+def test_a_contradiction_is_found_with_its_line_wherever_the_split_puts_it(look, loss):
+    rows = [*map(pair, range(8)), pair(3, "No.", "It is on its way.")]
+    for seed in range(4):
+        found = look(*rows, loss=loss, hold_out=0.3, seed=seed)
+        assert any("1 of 9 pairs say the opposite of an earlier pair (lines 9)" in f.found for f in found.findings)
+
+
+def test_findings_after_the_split_name_the_line_of_the_file(look):
+    rows = [*map(pair, range(8)), pair("lamp " * 30)]
+    seen = []
+    for seed in range(6):
+        found = look(*rows, max_length=24, hold_out=0.3, seed=seed)
+        seen += [f.found for f in found.findings if f.name == "no labelled token"]
+    assert seen and all("(lines 9)" in text for text in seen)
+
+
+def test_kto_names_the_line_of_a_shuffled_pair(look):
+    (said,) = [f.found for f in look(*map(pair, range(8)), pair("lamp " * 30), max_length=24, loss="kto").findings
+               if f.name == "no labelled token"]  # fmt: skip
+    assert "2 of 18 rows" in said and "(lines 9)" in said
+
+
+def test_an_answer_labelled_both_ways_is_found_and_no_weight_is_advised(look):
+    found = look(*(thumb(n, False) for n in range(5)), thumb(0, True))
+    (said,) = [f.found for f in found.findings if f.name == "labelled both ways"]
+    assert "2 of 6 rows" in said and "lines 1, 6" in said and "labels out of balance" not in names(found)
+    found = look(*(thumb(n, False) for n in range(5)), thumb(9, True))
+    assert "labels out of balance" in names(found) and "labelled both ways" not in names(found)
+
+
+def test_a_row_that_is_left_out_shapes_nothing_and_no_library_speaks(look, caplog):
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    alone, beside = look(pair(1)), look(pair(1), pair("lamp " * 400))
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert beside.memory["bytes"] == alone.memory["bytes"]
+    assert "longer than" not in caplog.text
 
 
 def test_memory_counts_two_sequences_for_a_pair_and_one_for_a_thumb(look):
