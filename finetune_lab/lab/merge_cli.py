@@ -14,7 +14,7 @@ EXAMPLES = """examples:
 The recipe is mergekit's YAML (linear, slerp, task_arithmetic, ties, dare_linear, dare_ties). A model is a folder, a
 known name, a hub id, a run of `finetune-lab sft` (its adapter is added to its base on the way), or BASE+ADAPTER.
 Unlike mergekit: dtype is that of the file only, as the arithmetic is always fp32; DARE's `rescale` divides by the
-density, as in the paper; and parameters that a method does not use are refused."""
+density, as in the paper; parameters that a method does not use are refused, and so is a density or t outside of 0 to 1."""
 
 
 def register(subparsers) -> None:

@@ -10,6 +10,7 @@ holds a few tensors whatever the model's size. In production: `safetensors.safe_
 was touched until the file is closed.
 """
 
+import difflib
 import json
 import mmap
 from collections.abc import Iterator
@@ -93,7 +94,10 @@ def holding(layer: LoRALinear, weight: Tensor) -> Iterator[None]:
 
 def open_model(name: str) -> Checkpoint:
     """Find a model and read its headers. Raises UserError, one sentence, for what cannot be merged."""
+    for part in [name] if Path(name).expanduser().exists() else name.split("+"):
+        _exists(part)
     base, adapter = _places(name)
+    _exists(base)
     folder = models.locate(base)
     models.check_folder(folder, base)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -138,6 +142,18 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise UserError(f"{path} is cut off or broken at {name}: fetch it again.")
         found[name] = Stored(path, dtype, shape, 8 + length + begin, end - begin)
     return found
+
+
+def _exists(name: str) -> None:
+    """Raise UserError for the path of a folder that is not there: it would be looked for on the hub instead."""
+    folder = Path(name).expanduser()
+    if not folder.exists() and (
+        name.startswith(("./", "../", "/", "~")) or folder.parts[:1] in (("runs",), ("merged",))
+    ):
+        beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        near = difflib.get_close_matches(folder.name, beside, 1)
+        meant = f"did you mean {folder.parent / near[0]}?" if near else "paths count from the folder you are in."
+        raise UserError(f"There is no folder {name}; {meant}")
 
 
 def _places(name: str) -> tuple[str, Path | None]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from finetune_lab.errors import UserError
 from finetune_lab.lab.merging.checkpoint import Checkpoint
-from finetune_lab.lab.merging.parameters import METHODS
+from finetune_lab.lab.merging.parameters import METHODS, longest_gradient
 
 # Keys of config.json that change what the same weights compute. The first group makes a merge meaningless.
 MEANING = ("model_type", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
@@ -131,6 +131,41 @@ def same_base(config, models: dict[str, Checkpoint], tensors: list) -> list[str]
     return [
         f"{pair} are {distance:.2f} of a norm apart, so they seem to share no base (fine-tunes: below 0.1): {why}."
         for pair, distance in strangers.items()
+    ]
+
+
+def seldom_meant(config, counts: dict[str, int]) -> list[str]:
+    """Warnings for what a recipe says without effect, or without saying it. counts: {model: its number of layers}."""
+    found = []
+    used = {i for part in config.slices for s in part.sources for i in range(*(s.layers or (0, counts[s.model])))}
+    most = max(counts.values())
+    if left := sorted(set(range(most)) - used):
+        which = ", ".join(str(i) for i in left)
+        many = len(left) > 1
+        found.append(
+            f"layer{'s' * many} {which} of {most} (counted from 0) {'are' if many else 'is'} left out: no slice lists "
+            f"{'them' if many else 'it'}."
+        )
+    longest = 0
+    for part in config.slices:
+        layers = [last - first for first, last in (s.layers or (0, counts[s.model]) for s in part.sources)]
+        longest = max(longest, layers[0])
+        own = {f"{key} of {s.model}": value for s in part.sources for key, value in s.parameters.items()}
+        found += _too_long(own | part.parameters, layers[0])
+    found += _too_long(config.parameters, longest)
+    scopes = [config.parameters, *(part.parameters for part in config.slices)]
+    if any(str(scope.get("int8_mask", False)).lower() != "false" for scope in scopes):
+        found.append("int8_mask is ignored: it saves memory in mergekit, and a merge here holds one tensor at a time.")
+    return found
+
+
+def _too_long(parameters, layers: int) -> list[str]:
+    """Warnings for gradients with more values than there are layers to read them."""
+    return [
+        f"{name} lists {count} values for {layers} layers: it is read once a layer, from its first value to its last, so "
+        "some values count in part or not at all."
+        for name, setting in parameters.items()
+        if (count := longest_gradient(setting)) > layers
     ]
 
 

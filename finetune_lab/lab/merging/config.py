@@ -16,11 +16,13 @@
     parameters: {lambda: 1.0}
     dtype: bfloat16
 
-Same keys, defaults and order of precedence as mergekit 0.1.5, with one difference: what mergekit would ignore in
-silence (an unknown parameter, a density for a method that trims nothing) is refused here.
+Same keys, defaults and order of precedence as mergekit 0.1.5, with two differences: what mergekit would ignore in
+silence (an unknown parameter, a density for a method that trims nothing) is refused here, and so is a density or a t
+outside of 0 to 1.
 Leaves out: the other methods, `modules`, the `tokenizer` block, `chat_template`, and a base model of its own for a slice.
 """
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +94,9 @@ def read(value: Mapping, text: str = "") -> Config:
                    "tokenizer_source"), "the config", {"modules": "", "tokenizer": "tokenizer_source", "chat_template": ""})  # fmt: skip
     method = value.get("merge_method")
     if method not in METHODS:
-        raise UserError(f"merge_method is {method!r}: choose one of {', '.join(METHODS)}.")
+        near = difflib.get_close_matches(str(method).lower(), METHODS, 1)
+        meant = f"did you mean {near[0]}? There are" if near else "choose one of"
+        raise UserError(f"merge_method is {method!r}: {meant} {', '.join(METHODS)}.")
     base = _name(value["base_model"], "base_model") if value.get("base_model") is not None else None
     if METHODS[method].base and base is None:
         raise UserError(f"{method} needs base_model: " + _WHY_BASE["slerp" if method == "slerp" else "task"])

@@ -79,6 +79,7 @@ def make_plan(config: Config) -> Plan:
     tensors, layers = _lay_out(config, models, stacks)
     _check_buffers(models, tensors)
     warnings += checks.same_base(config, models, tensors)
+    warnings += checks.seldom_meant(config, {model: max(stack) + 1 for model, stack in stacks.items()})
     return Plan(config, models, tensors, layers, warnings)
 
 

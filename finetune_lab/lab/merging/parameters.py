@@ -43,6 +43,10 @@ METHODS = {
     "dare_ties": _task("DARE with TIES", "2311.03099", False, True, density=True),
 }
 SWITCHES = {"normalize", "rescale", "int8_mask"}
+SHARES = {  # settings from 0 to 1, in words
+    "density": "a share from 0 to 1 (20 % is 0.2)",
+    "t": "a place from 0 (the base) to 1 (the other); linear with weights such as -0.2 and 1.2 goes beyond a model",
+}
 
 
 def evaluate(setting, name: str, t: float, switch: bool = False):
@@ -77,7 +81,7 @@ def read_parameters(value, place: str, method: str, shared: bool, each: bool) ->
     allowed = (whole if shared else set()) | (own if each else set())
     for key, setting in value.items():
         if key in allowed:
-            _check_setting(setting, f"{place}.{key}", key in SWITCHES)
+            _check_setting(setting, f"{place}.{key}", key)
         elif key in whole:
             raise UserError(f"{place}: {key} is a setting of the whole merge; move it to the outer parameters.")
         else:
@@ -90,7 +94,7 @@ def read_parameters(value, place: str, method: str, shared: bool, each: bool) ->
     return value
 
 
-def _check_setting(setting, place: str, switch: bool) -> None:
+def _check_setting(setting, place: str, key: str) -> None:
     """Raise UserError unless it is a value, a list of values, or a list of filters with values."""
     if isinstance(setting, Mapping):
         setting = [setting]
@@ -101,14 +105,26 @@ def _check_setting(setting, place: str, switch: bool) -> None:
                 raise UserError(f"{place}[{i}] has no value: expected `filter: PART OF A NAME` and `value: NUMBER`.")
             if not isinstance(choice.get("filter"), str | None):
                 raise UserError(f"{place}[{i}].filter is {choice['filter']!r}: expected a part of a tensor's name.")
-            _check_setting(choice["value"], f"{place}[{i}].value", switch)
+            _check_setting(choice["value"], f"{place}[{i}].value", key)
         return
+    switch = key in SWITCHES
     for value in setting if isinstance(setting, list) and setting else [setting]:
         try:
-            (_switch if switch else _number)(value)
+            read = (_switch if switch else _number)(value)
         except (TypeError, ValueError):
             wanted = "true or false" if switch else "a number, a list of numbers, or filters with values"
             raise UserError(f"{place} is {value!r}: expected {wanted}.") from None
+        if key in SHARES and not 0 <= read <= 1:
+            raise UserError(f"{place} is {value!r}: expected {SHARES[key]}.")
+
+
+def longest_gradient(setting) -> int:
+    """How many values the longest gradient of a setting has; 1 for a single value."""
+    if isinstance(setting, Mapping):
+        return longest_gradient(setting["value"])
+    if isinstance(setting, list) and isinstance(setting[0], Mapping):
+        return max(longest_gradient(choice) for choice in setting)
+    return len(setting) if isinstance(setting, list) else 1
 
 
 def known(value: Mapping, names: tuple[str, ...], place: str, elsewhere: dict[str, str]) -> None:

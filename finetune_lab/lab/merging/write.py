@@ -1,7 +1,7 @@
 """Write a model folder that is either whole or not there: shards, index, and what belongs beside them.
 
 Everything goes into a hidden folder beside the result, is flushed to the disk, and gets its name by one rename at the
-very end. A process that is killed leaves only the hidden folder, which the next merge of that name deletes. A shard's
+very end. A process that is killed leaves only the hidden folder and its lock, which the next merge of that name deletes. A shard's
 header is written before its tensors, as their shapes are known; so no shard is ever held in memory.
 In production: `safetensors.torch.save_file`, which takes a whole shard at once.
 """
@@ -105,7 +105,7 @@ def appearing(out: Path) -> Iterator[Path]:
     part = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(out.with_name(f".{out.name}.lock"), timeout=0):
+        with _alone(out.with_name(f".{out.name}.lock")):
             shutil.rmtree(part, ignore_errors=True)  # of a merge that was killed
             part.mkdir()
             try:
@@ -128,6 +128,28 @@ def check_free(out: Path) -> None:
     """Raise UserError when something stands where the result should go."""
     if out.exists():
         raise UserError(f"{out} exists, and a merge never overwrites: give another --out, or delete it.")
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Hold the lock within the block, and remove its file after it. Raises filelock.Timeout when another one holds it.
+
+    Only the holder removes the file. Who opened it before that, and gets its lock after, guards a file without a name,
+    while the next process makes a new one: so a lock counts only if the file seen before still has its name.
+    """
+    held = FileLock(lock)
+    while True:
+        with lock.open("ab") as seen:
+            held.acquire(timeout=0)
+            if os.fstat(seen.fileno()).st_nlink:
+                break
+        held.release()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file; filelock does it there, at the release
+            lock.unlink()
+        held.release()
 
 
 def _write_all(file, data: memoryview) -> None:

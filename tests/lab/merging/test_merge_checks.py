@@ -11,7 +11,7 @@ from finetune_lab.cli import main
 from finetune_lab.errors import UserError
 from finetune_lab.lab import merge_cli, merging
 
-from conftest import llama, save  # isort: skip
+from merge_models import llama, save  # isort: skip
 
 
 def settings(**changes):
@@ -98,6 +98,9 @@ def test_a_model_that_does_not_fit_is_refused_in_one_sentence(says, family, reci
     ("change", "says"),
     [
         ({"base_model": "nowhere"}, "There is no model 'nowhere'"),
+        ({"base_model": "runs/unknown"}, "There is no folder runs/unknown; paths count from the folder you are in"),
+        ({"base_model": "./unknown"}, "There is no folder ./unknown; paths"),
+        ({"base_model": "tiny+runs/unknown"}, "There is no folder runs/unknown; paths"),
         ({"tokenizer_source": "nowhere"}, "tokenizer_source is 'nowhere': choose base, or one of"),
         ({"merge_method": "linear", "parameters": {"weight": 0}}, "add up to 0, so they cannot be normalised"),
     ],
@@ -158,6 +161,49 @@ def test_settings_that_change_what_weights_mean_are_a_warning(change, says, fami
     assert says in warning
 
 
+def test_a_mistyped_run_is_answered_with_the_one_beside_it(recipe, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "extract").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"There is no folder runs/exract; did you mean runs/extract\?"):
+        merging.plan(recipe("ties", {"weight": 1}) | {"base_model": "runs/exract"})
+
+
+def sliced(family, *ranges):
+    sources = [[{"model": str(family.a), "layer_range": r, "parameters": {"weight": 1}}] for r in ranges]
+    return {"merge_method": "linear", "slices": [{"sources": s} for s in sources]}
+
+
+@pytest.mark.parametrize(
+    ("ranges", "says"),
+    [
+        ([[0, 3]], ["layer 3 of 4 (counted from 0) is left out: no slice lists it."]),
+        ([[1, 2], [1, 3]], ["layers 0, 3 of 4 (counted from 0) are left out: no slice lists them."]),
+        ([[0, 3], [1, 4]], []),
+    ],
+)
+def test_layers_that_no_slice_lists_are_a_warning(ranges, says, family):
+    assert merging.plan(sliced(family, *ranges)).warnings == says
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ({"int8_mask": True}, ["int8_mask is ignored"]),
+        ({"int8_mask": False, "density": [0.1, 0.2, 0.3, 0.4]}, []),
+        ({"density": [0.1, 0.2, 0.3, 0.4, 0.5]}, ["density lists 5 values for 4 layers"]),
+        ({"lambda": [{"filter": "mlp", "value": [1] * 9}, {"value": 1}]}, ["lambda lists 9 values for 4 layers"]),
+    ],
+)
+def test_what_a_recipe_says_without_effect_is_a_warning(own, says, recipe):
+    found = merging.plan(recipe("ties", {"weight": 1}, **own)).warnings
+    assert len(found) == len(says) and all(text.startswith(part) for text, part in zip(found, says, strict=True))
+
+
+def test_a_models_own_gradient_that_is_too_long_is_named_with_its_model(family, recipe):
+    (warning,) = merging.plan(recipe("ties", {"weight": [1] * 7})).warnings
+    assert warning.startswith(f"weight of {family.a} lists 7 values for 4 layers")
+
+
 @pytest.fixture
 def file(recipe, tmp_path):
     path = tmp_path / "mine.yml"
@@ -180,6 +226,7 @@ def test_the_command_writes_beside_and_says_where(file, capsys, tmp_path, monkey
     assert "merged/mine: model.safetensors" in said.out and "--model merged/mine" in said.out
     assert "merging: 100%" in said.err
     assert (tmp_path / "merged" / "mine" / "model.safetensors").is_file()
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["mine"]
     assert main(["merge", str(file)]) == 2
     assert "a merge never overwrites" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from finetune_lab.errors import UserError
 from finetune_lab.lab import merging, models
 from finetune_lab.lab.finetune.build import quiet_peft
-from finetune_lab.lab.merging import checkpoint
+from finetune_lab.lab.merging import checkpoint, write
 from finetune_lab.methods.merging import merge_tensor
 
-from conftest import llama, save  # isort: skip
+from merge_models import llama, save  # isort: skip
 
 
 TYPES = ["full_attention", "sliding_attention", "chunked_attention", "linear_attention"]
@@ -129,6 +130,44 @@ def test_the_card_names_method_models_paper_and_recipe_and_the_recipe_makes_it_a
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def card(config, out, **settings):
+    do(config, out, **settings)
+    return (out / "README.md").read_text()
+
+
+def test_the_card_counts_the_base_apart_where_it_is_only_subtracted(recipe, family, tmp_path):
+    ties = card(recipe("ties", {"weight": 1}, {"weight": 1}), tmp_path / "ties")
+    assert f"\n2 models merged onto the base {family.base} by TIES" in ties
+    slerp = recipe("slerp", {}, t=0.5)
+    slerp["models"] = [{"model": m["model"]} for m in slerp["models"]]
+    assert "\n2 models merged by SLERP" in card(slerp, tmp_path / "slerp")
+
+
+def test_the_cards_command_repeats_dares_seed(recipe, tmp_path):
+    dare = card(recipe("dare_linear", {"weight": 1}, density=0.5), tmp_path / "dare", seed=7)
+    assert "with seed 7." in dare and "merge.yml --out NEW --seed 7`" in dare
+    assert "seed" not in card(recipe("linear", {"weight": 1}), tmp_path / "linear", seed=7)
+
+
+def test_the_card_says_from_where_relative_paths_count(recipe, family, tmp_path, monkeypatch):
+    monkeypatch.chdir(family.a.parent)
+    config = recipe("linear", {"weight": 1})
+    said = "in the folder where this merge was run"
+    assert said not in card(config, tmp_path / "absolute")
+    config["models"][0]["model"] = "a"
+    assert f"Start it {said}: a counts from there." in card(config, tmp_path / "relative")
+
+
+@pytest.mark.parametrize(("measure", "words"), [("exact_match", "exact match"), ("good", "good answers")])
+def test_the_card_says_on_which_rows_a_run_was_scored(family, tmp_path, measure, words):
+    shutil.copytree(family.a, tmp_path / "run" / "model")
+    scores = {"before": {measure: 0.0}, "after": {measure: 0.5}, "date": "today"}
+    scores["recipe"] = {"method": "full", "task": None, "data": "kept/mine.jsonl"}
+    (tmp_path / "run" / "report.json").write_text(json.dumps(scores))
+    config = {"merge_method": "linear", "models": [{"model": str(tmp_path / "run"), "parameters": {"weight": 1}}]}
+    assert f"{words} on held-out rows of mine.jsonl 0% to 50%" in card(config, tmp_path / "out")
+
+
 @pytest.fixture(params=["LoRA", "DoRA", "rsLoRA"])
 def adapter(request, family, tmp_path):
     """(folder of a run with an adapter of the base, the base with the adapter merged by peft)."""
@@ -212,7 +251,7 @@ def test_a_failure_in_the_middle_leaves_nothing(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("finetune_lab.lab.merging.write.write_text", full)
     with pytest.raises(UserError, match="the disk is full: make room"):
         do(recipe("linear", {"weight": 1}), tmp_path / "in" / "out")
-    assert [path.name for path in (tmp_path / "in").iterdir() if path.name != ".out.lock"] == []
+    assert list((tmp_path / "in").iterdir()) == []
 
 
 def test_a_result_is_never_overwritten(recipe, tmp_path):
@@ -226,6 +265,26 @@ def test_two_processes_do_not_write_the_same_result(recipe, tmp_path):
 
     with FileLock(tmp_path / ".out.lock"), pytest.raises(UserError, match="another process is merging"):
         do(recipe("linear", {"weight": 1}), tmp_path / "out")
+    assert (tmp_path / ".out.lock").exists()  # it is the other one's
+
+
+def test_a_lock_on_a_file_that_its_last_holder_removed_does_not_count(tmp_path, monkeypatch):
+    lock, calls = tmp_path / ".out.lock", []
+
+    class Late(write.FileLock):
+        def acquire(self, *args, **settings):
+            held = super().acquire(*args, **settings)
+            if not calls:
+                lock.unlink()  # as if the last holder had done it between opening and locking
+            calls.append(self)
+            return held
+
+    monkeypatch.setattr(write, "FileLock", Late)
+    with write._alone(lock):
+        assert len(calls) == 2 and lock.exists()
+        with pytest.raises(write.Timeout):
+            Late(lock).acquire(timeout=0)
+    assert not lock.exists()
 
 
 def test_a_tensor_is_mapped_and_its_pages_go_with_it(tmp_path):
@@ -255,6 +314,10 @@ def _umask():
     now = os.umask(0)
     os.umask(now)
     return now
+
+
+def test_what_the_command_writes_by_default_is_no_part_of_the_repository():
+    assert "merged/" in (Path(__file__).parents[3] / ".gitignore").read_text().splitlines()
 
 
 def test_the_recipes_in_the_repository_can_be_read():
