@@ -1,8 +1,8 @@
 """Write a model folder that is either whole or not there: shards, index, and what belongs beside them.
 
 Everything goes into a hidden folder beside the result, is flushed to the disk, and gets its name by one rename at the
-very end. A process that is killed leaves only the hidden folder and its lock, which the next merge of that name deletes. A shard's
-header is written before its tensors, as their shapes are known; so no shard is ever held in memory.
+very end. A process that is killed leaves only the hidden folder and its lock, which the next merge of that name
+deletes. A shard's header is written before its tensors, as their shapes are known; so no shard is ever held in memory.
 In production: `safetensors.torch.save_file`, which takes a whole shard at once.
 """
 
