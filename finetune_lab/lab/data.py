@@ -168,11 +168,8 @@ def conversational(row: dict, kind: str) -> dict:
         raise BadLine("chosen and rejected are the same", "two different answers: an equal pair teaches nothing")
     if kind == "unpaired":
         if not isinstance(row["label"], bool):
-            number = row["label"] in (0, 1) and isinstance(row["label"], (int, float))
-            wanted = "true for a good answer, false for a bad one" + (
-                " (write true for 1, false for 0)" if number else ""
-            )
-            raise BadLine(f"label is {row['label'] if number else kind_of(row['label'])}", wanted)
+            wanted = "true for a good answer, false for a bad one (write true for 1, false for 0)"
+            raise BadLine(f"label is {kind_of(row['label'])}", wanted)
         out["label"] = row["label"]
     return out
 

@@ -43,7 +43,9 @@ class DpoRecipe(Recipe):
         None, "text", "log-probabilities of the reference: at each step, or all before training (default: live; full: precomputed)",
         choices=("live", "precomputed"),
     )  # fmt: skip
-    epochs: float | None = setting(None, "number", "passes over the data, instead of steps (default: 1)", above=0)
+    epochs: float | None = setting(
+        None, "number", "passes over the data, instead of steps (default: 1)", above=0, such_as=1
+    )
     method: str | None = setting(None, "text", "what is trained (default: as in adapter, else lora)", choices=METHODS)
     rank: int | None = setting(None, "count", "rank r of the adapter (default: as in adapter, else 16)", least=1)
     targets: tuple[str, ...] | None = setting(
@@ -52,6 +54,8 @@ class DpoRecipe(Recipe):
     EPOCHS = 1.0
 
     def __post_init__(self):
+        if self.loss == "dpo":
+            raise UserError("loss is 'dpo': the loss of DPO is called sigmoid here, as in TRL. Give sigmoid.")
         place = runs.find_adapter(self.adapter) if isinstance(self.adapter, str) else None
         if place and self.model is None:
             object.__setattr__(self, "model", runs.base_of(place))
@@ -83,6 +87,15 @@ class DpoRecipe(Recipe):
                 f"label_smoothing does nothing in loss {self.loss or 'sigmoid'} (TRL 1.16 drops it without a word): use "
                 "loss robust, or leave it away."
             )
+
+        if self.loss == "robust" and not self.label_smoothing:
+            raise UserError(
+                "loss robust without label_smoothing is plain DPO: give the share of pairs that may be the wrong way "
+                "round, such as label_smoothing 0.1, or use sigmoid."
+            )
+        for name in ("desirable_weight", "undesirable_weight"):
+            if getattr(self, name) != 1 and self.loss not in (None, "kto"):  # None: asked again once the data is read
+                raise UserError(f"{name} does nothing in loss {self.loss}: use loss kto, or leave it away.")
 
     def kind(self) -> str:
         """The row of `lab.tiers`: a new adapter (B = 0) takes a higher rate than weights that have learnt already."""

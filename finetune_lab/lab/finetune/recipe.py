@@ -60,12 +60,18 @@ class Recipe:
     )
     method: str = setting("lora", "text", "what is trained", choices=METHODS)
     rank: int = setting(16, "count", "rank r of the adapter", least=1)
-    alpha: float | None = setting(None, "number", "adapter scale is alpha / rank (default: 2 rank)", above=0)
+    alpha: float | None = setting(
+        None, "number", "adapter scale is alpha / rank (default: 2 rank)", above=0, such_as=32
+    )
     dropout: float = setting(0.0, "number", "dropout before the adapter", least=0, below=1)
     targets: tuple[str, ...] = setting(("all-linear",), "names", "layers with an adapter, by name, or all-linear")
-    lr: float | None = setting(None, "number", "peak learning rate (default: by method and model size)", above=0)
+    lr: float | None = setting(
+        None, "number", "peak learning rate (default: by method and model size)", above=0, such_as="2e-4"
+    )
     steps: int | None = setting(None, "count", "optimizer steps", least=1)
-    epochs: float | None = setting(None, "number", "passes over the data, instead of steps (default: 3)", above=0)
+    epochs: float | None = setting(
+        None, "number", "passes over the data, instead of steps (default: 3)", above=0, such_as=3
+    )
     batch_size: int | None = setting(None, "count", "sequences in one forward pass of one process", least=1)
     accumulation: int = setting(1, "count", "forward passes that add up to one optimizer step", least=1)
     warmup: float = setting(0.1, "number", "warm-up: steps, or below 1 a share of all steps", least=0)
@@ -147,7 +153,7 @@ class SftRecipe(Recipe):
         choices=("completion", "assistant", "all"),
     )  # fmt: skip
     packing: bool = setting(False, "switch", "several examples in a row, kept apart by position ids (bfd)")
-    neftune: float | None = setting(None, "number", "NEFTune: alpha of the noise on the embeddings", above=0)
+    neftune: float | None = setting(None, "number", "NEFTune: alpha of the noise on the embeddings", above=0, such_as=5)
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)

@@ -11,7 +11,8 @@ from finetune_lab.errors import UserError
 
 
 def setting(default, kind: str, text: str, **bounds):
-    """A field of a recipe. kind: text, number, count, switch, names; bounds: choices, least, above, most, below."""
+    """A field of a recipe. kind: text, number, count, switch, names; bounds: choices, least, above, most, below;
+    such_as: a number to name in messages, where the default is none."""
     return field(default=default, metadata={"kind": kind, "help": text, **bounds})
 
 
@@ -21,26 +22,33 @@ def checked(each: dataclasses.Field, value):
     if value is None:
         if each.default is None:
             return None
-        raise UserError(f"{name} is empty: {_wanted(rule)}.")
+        raise UserError(f"{name} is empty: {_wanted(each)}.")
     try:
         value = _READ[rule["kind"]](value)
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{name} is {value!r}: {_wanted(rule)}.") from None
+        raise UserError(f"{name} is {value!r}: {_wanted(each)}.") from None
     low, high = rule.get("least", -math.inf), rule.get("most", math.inf)
     choices = rule.get("choices")
     if choices and value not in choices:
-        raise UserError(f"{name} is {value!r}: {_wanted(rule)}.")
+        raise UserError(f"{name} is {value!r}: {_wanted(each)}.")
     if rule["kind"] in ("number", "count") and not (
         low <= value <= high and rule.get("above", -math.inf) < value < rule.get("below", math.inf)
     ):
-        raise UserError(f"{name} is {value!r}: {_wanted(rule)}.")
+        raise UserError(f"{name} is {value!r}: {_wanted(each)}.")
     return value
 
 
-def _wanted(rule) -> str:
+def _wanted(each: dataclasses.Field) -> str:
+    rule = each.metadata
     if "choices" in rule:
         return f"choose one of {', '.join(rule['choices'])}"
-    kinds = {"number": "a number such as 2e-4", "count": "a whole number", "switch": "true or false", "text": "text"}
+    example = rule.get("such_as") or each.default or 0.1
+    kinds = {
+        "number": f"a number such as {example}",
+        "count": "a whole number",
+        "switch": "true or false",
+        "text": "text",
+    }
     bounds = [f"{word} {rule[key]}" for key, word in _WORDS.items() if key in rule]
     return f"give {kinds.get(rule['kind'], 'a name or a list of names')}" + (
         f", {' and '.join(bounds)}" if bounds else ""

@@ -38,6 +38,11 @@ def test_a_loss_on_pairs_refuses_single_answers(look):
         look(thumb(1, True), thumb(2, False), loss="ipo")
 
 
+def test_a_weight_of_kto_is_refused_once_the_data_has_chosen_another_loss(look):
+    with pytest.raises(UserError, match="desirable_weight does nothing in loss sigmoid"):
+        look(pair(1), desirable_weight=2)
+
+
 def test_pairs_with_kto_become_a_good_and_a_bad_answer_each(look):
     found = look(*map(pair, range(6)), loss="kto")
     assert sorted(row["label"] for row in found.rows.train) == [False] * 6 + [True] * 6

@@ -59,8 +59,13 @@ def test_a_run_that_trained_the_whole_model_is_no_adapter_to_start_from(tmp_path
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "dpo"}, "loss is 'dpo': choose one of sigmoid, ipo, hinge, robust, sigmoid_norm, kto"),
-        ({"beta": 0}, "beta is 0.0: give a number such as 2e-4, above 0"),
+        ({"loss": "dpo"}, "the loss of DPO is called sigmoid here"),
+        ({"loss": "ppo"}, "loss is 'ppo': choose one of sigmoid, ipo, hinge, robust, sigmoid_norm, kto"),
+        ({"loss": "robust"}, "robust without label_smoothing is plain DPO"),
+        ({"loss": "sigmoid", "desirable_weight": 2}, "desirable_weight does nothing in loss sigmoid: use loss kto"),
+        ({"loss": "ipo", "undesirable_weight": 2}, "undesirable_weight does nothing in loss ipo"),
+        ({"beta": 0}, "beta is 0.0: give a number such as 0.1, above 0"),
+        ({"epochs": 0}, "epochs is 0.0: give a number such as 1, above 0"),
         ({"label_smoothing": 0.1}, "label_smoothing does nothing in loss sigmoid"),
         ({"label_smoothing": 0.1, "loss": "ipo"}, "label_smoothing does nothing in loss ipo"),
         ({"method": "full", "reference": "live"}, "reference live needs an adapter"),
