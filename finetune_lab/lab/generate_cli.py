@@ -1,4 +1,4 @@
-"""finetune-lab generate: ask a model; the base, the adapter and the merged model side by side."""
+"""finetune-lab generate: ask a model; the base, the start, the adapter and the merged model side by side."""
 
 import argparse
 import json
@@ -11,6 +11,8 @@ EXAMPLES = """examples:
   finetune-lab generate --adapter runs/x --show base,adapter,merged --prompts tickets.jsonl --json
   finetune-lab generate --adapter runs/x --chat"""
 
+STARTS = ("adapter_config.json", "adapter/adapter_config.json")  # a start may have been deleted since
+
 
 def register(subparsers) -> None:
     """Add the command `generate` to the command line."""
@@ -21,9 +23,15 @@ def register(subparsers) -> None:
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="one question")
     parser.add_argument("--prompts", metavar="FILE", help="many: JSONL (prompt or messages), or text, one a line")
     parser.add_argument("--chat", action="store_true", help="talk to it; an empty line ends")
-    parser.add_argument("--model", metavar="M", help="the base model (default: the adapter's own, else tiny)")
+    parser.add_argument(
+        "--model", metavar="M", help="a model, or the folder of a full run (default: the adapter's base, else tiny)"
+    )
     parser.add_argument("--adapter", metavar="FOLDER", help="an adapter, or the folder of a run")
-    parser.add_argument("--show", metavar="LIST", help="of base, adapter, merged (default: base and adapter)")
+    parser.add_argument(
+        "--show",
+        metavar="LIST",
+        help="of base, start, adapter, merged (default: base and adapter; after `dpo --adapter`, start and adapter)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
     parser.add_argument("--json", action="store_true", help="prompts and answers as JSON")
@@ -40,7 +48,7 @@ def generate(args) -> int:
         raise UserError(f"--max-new-tokens is {args.max_new_tokens}: give at least 1.")
     if args.chat and args.json:
         raise UserError("--chat is for people: use --json with a PROMPT or --prompts.")
-    which = _which(args.show, bool(args.adapter), args.chat)
+    which = _which(args.show, args.adapter, args.chat)
     chats = [] if args.chat else read_prompts(args.prompts) if args.prompts else [_user(args.prompt)]
 
     from finetune_lab.lab.finetune import talk
@@ -49,6 +57,8 @@ def generate(args) -> int:
     voices = talk.load_voices(args.model, args.adapter, which, DTYPES[args.precision])
     if args.chat:
         return _chat(voices, args.max_new_tokens)
+    if args.model and not args.adapter:  # a model of its own, perhaps a merged one: nobody's base
+        voices = {"model": voices["base"]}
     said = {name: voice(chats, max_new_tokens=args.max_new_tokens) for name, voice in voices.items()}
     rows = [{"prompt": c, **{name: said[name][i] for name in said}} for i, c in enumerate(chats)]
     if args.json:
@@ -62,12 +72,17 @@ def generate(args) -> int:
     return 0
 
 
-def _which(show: str | None, adapter: bool, chat: bool) -> list[str]:
+def _which(show: str | None, adapter: str | None, chat: bool) -> list[str]:
     from finetune_lab.errors import UserError
+    from finetune_lab.lab.finetune import runs
 
-    names = ("base", "adapter", "merged")
+    names = ("base", "start", "adapter", "merged")
+    if show is None and not adapter:
+        return ["base"]
     if show is None:
-        return ["adapter"] if adapter and chat else ["base", "adapter"] if adapter else ["base"]
+        start = None if chat else runs.start_of(adapter)
+        there = start and any((Path(start).expanduser() / part).is_file() for part in STARTS)
+        return ["adapter"] if chat else ["start" if there else "base", "adapter"]
     given = [word.strip() for word in show.split(",")]
     if not set(given) <= set(names):
         raise UserError(f"--show is {show!r}: name one or more of {', '.join(names)}, with commas between.")

@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
 from filelock import FileLock, Timeout
 
 from finetune_lab.errors import UserError
@@ -151,6 +152,17 @@ def base_of(adapter: Path) -> str:
         return str(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
     except (ValueError, KeyError) as error:
         raise UserError(f"{adapter / 'adapter_config.json'} cannot be read: {error}") from error
+
+
+def start_of(path: str) -> str | None:
+    """What a run of preference training began with: the `adapter` in its recipe; None when it began with a model."""
+    place = find_adapter(path)
+    try:
+        recipe = yaml.safe_load((place.parent / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    start = recipe.get("adapter") if isinstance(recipe, dict) else None
+    return start if isinstance(start, str) else None
 
 
 def fingerprint(adapter: Path) -> str:

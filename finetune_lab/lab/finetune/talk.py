@@ -1,15 +1,17 @@
-"""Answers of the base model, the model with its adapter, and the merged model, with the template of training.
+"""Answers of the base model, the model with its adapter, the adapter that it began with, and the merged model.
 
     voices = load_voices(base="tiny", adapter="runs/x/adapter", which=("base", "adapter", "merged"))
     voices["adapter"](["My lamp is broken."], max_new_tokens=64)
 
-The merged model is a copy, so that the others stay untouched. Greedy decoding: the same question gets the same answer.
+`start` is the adapter that a run of preference training went on from, which is also its reference. The merged model is a copy, so that the others stay untouched. Greedy decoding: the same question gets the same answer.
 Leaves out: sampling, streaming, many adapters in one batch (lesson 15).
 """
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
@@ -19,12 +21,12 @@ from finetune_lab.errors import UserError
 from finetune_lab.lab import generate, models
 from finetune_lab.lab.finetune.build import quiet_peft
 from finetune_lab.lab.finetune.encode import turn_end
-from finetune_lab.lab.finetune.runs import base_of, find_adapter
+from finetune_lab.lab.finetune.runs import base_of, find_adapter, start_of
 from finetune_lab.methods.chat import chat_format
 
 Chat = list[dict[str, str]]
 Voice = Callable[..., list[str]]
-WHICH = ("base", "adapter", "merged")
+WHICH = ("base", "start", "adapter", "merged")
 
 
 def answers(
@@ -58,7 +60,11 @@ def load_voices(
     """
     if adapter is None and set(which) - {"base"}:
         raise UserError(f"{', '.join(w for w in which if w != 'base')} needs an adapter: give --adapter FOLDER.")
+    base = model_of(base) if base else None
     place = find_adapter(adapter) if adapter else None
+    start = start_of(adapter) if place and "start" in which else None
+    if "start" in which and not start:
+        raise UserError(f"{adapter} did not begin with an adapter (it is no `dpo --adapter` run): ask base instead.")
     if place and base and base != base_of(place):
         raise UserError(
             f"the adapter was trained on {base_of(place)}, not on {base}, and on another base its answers are silently "
@@ -69,7 +75,10 @@ def load_voices(
         return {"base": _voice(model, tokenizer)}
     try:
         with quiet_peft():
-            tuned = PeftModel.from_pretrained(model, place).eval()
+            tuned = PeftModel.from_pretrained(model, place)
+            if start:
+                tuned.load_adapter(find_adapter(start), "start")
+            tuned.eval()
     except (RuntimeError, ValueError, OSError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the adapter in {place} does not fit the model: {first[:200]}") from error
@@ -77,11 +86,36 @@ def load_voices(
     for name in which:
         if name == "base":
             voices[name] = _voice(tuned, tokenizer, tuned.disable_adapter)
+        elif name == "start":
+            voices[name] = _voice(tuned, tokenizer, functools.partial(_switched, tuned, "start"))
         elif name == "adapter":
             voices[name] = _voice(tuned, tokenizer)
         else:
             voices[name] = _voice(copy.deepcopy(tuned).merge_and_unload(), tokenizer)
     return voices
+
+
+def model_of(path: str) -> str:
+    """The model to load: the path itself, or `model` in the folder of a run. Raises UserError for a run's adapter."""
+    folder = Path(path).expanduser()
+    if path in models.KNOWN or (folder / "config.json").is_file():
+        return path
+    if (folder / "model" / "config.json").is_file():
+        return str(folder / "model")
+    if any((place / "adapter_config.json").is_file() for place in (folder, folder / "adapter")):
+        raise UserError(f"{path} holds an adapter, not a model: use --adapter {path}.")
+    return path
+
+
+@contextlib.contextmanager
+def _switched(tuned: PeftModel, name: str) -> Iterator[None]:
+    """Speak with another adapter, then with the one from before."""
+    before = tuned.active_adapter
+    tuned.set_adapter(name)
+    try:
+        yield
+    finally:
+        tuned.set_adapter(before)
 
 
 def _voice(model, tokenizer, around=contextlib.nullcontext) -> Voice:

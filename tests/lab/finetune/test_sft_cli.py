@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -38,8 +39,9 @@ def adapter(tmp_path_factory):
         ("sft --task extract --frobnicate", "unrecognized arguments: --frobnicate"),
         ("generate", "give one of these: a PROMPT, --prompts FILE or --chat."),
         ("generate hello --chat", "give one of these"),
-        ("generate hello --show loud", "name one or more of base, adapter, merged"),
+        ("generate hello --show loud", "name one or more of base, start, adapter, merged"),
         ("generate hello --show merged", "merged needs an adapter"),
+        ("generate hello --show start", "start needs an adapter"),
         ("generate hello --adapter nowhere", "nowhere holds no adapter"),
         ("generate hello --max-new-tokens 0", "--max-new-tokens is 0"),
         ("generate --prompts none.txt", "none.txt cannot be read"),
@@ -101,6 +103,52 @@ def test_the_three_voices_stand_side_by_side(capsys, adapter):
     assert row["merged"] == row["adapter"] != row["base"]
     assert main(["generate", "2 + 3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["answers"][0]["base"] == row["base"]
+
+
+@pytest.fixture
+def preferred(adapter, tmp_path):
+    """The folder of a `dpo` run whose start is `adapter`; its own adapter is half as strong."""
+    shutil.copytree(adapter, tmp_path / "dpo" / "adapter")
+    place = tmp_path / "dpo" / "adapter" / "adapter_config.json"
+    config = json.loads(place.read_text())
+    place.write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] / 2}))
+    (tmp_path / "dpo" / "recipe.yaml").write_text(f"task: reply\nadapter: {adapter.parent}\n")
+    return tmp_path / "dpo"
+
+
+def answer(capsys, *line):
+    assert main(["generate", "2 + 3", "--json", *line]) == 0
+    return json.loads(capsys.readouterr().out)["answers"][0]
+
+
+def test_a_run_of_preferences_is_shown_beside_its_start(capsys, adapter, preferred):
+    row = answer(capsys, "--adapter", str(preferred))
+    assert list(row) == ["prompt", "start", "adapter"]
+    assert row["start"] == answer(capsys, "--adapter", str(adapter))["adapter"] != row["adapter"]
+    every = answer(capsys, "--adapter", str(preferred), "--show", "start,base,merged,adapter")
+    assert every["merged"] == every["adapter"] == row["adapter"] and every["start"] == row["start"]
+
+
+def test_without_its_start_a_run_of_preferences_is_shown_beside_the_base(capsys, preferred):
+    (preferred / "recipe.yaml").write_text("task: reply\nadapter: gone\n")
+    assert list(answer(capsys, "--adapter", str(preferred))) == ["prompt", "base", "adapter"]
+
+
+def test_a_run_of_sft_has_no_start(capsys, adapter):
+    assert main(["generate", "hello", "--adapter", str(adapter), "--show", "start"]) == 2
+    assert "did not begin with an adapter" in capsys.readouterr().err
+
+
+def test_a_model_alone_is_called_model_and_may_be_the_folder_of_a_run(capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(models.tiny_folder())
+    row = answer(capsys, "--model", str(tmp_path / "run"))
+    assert list(row) == ["prompt", "model"] and row["model"] == answer(capsys)["base"]
+
+
+def test_an_adapter_given_as_a_model_is_one_hint(capsys, adapter):
+    assert main(["generate", "hello", "--model", str(adapter.parent)]) == 2
+    assert f"use --adapter {adapter.parent}" in capsys.readouterr().err
 
 
 def test_merging_leaves_the_adapter_as_it_was(adapter):
