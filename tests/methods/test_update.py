@@ -74,3 +74,10 @@ def test_a_first_label_never_counts():
     first[:, 0] = ids[:, 0]
     model = a_model()
     assert torch.equal(after([(ids, labels)], model=copy.deepcopy(model))[1], after([(ids, first)], model=model)[1])
+
+
+def test_the_model_may_be_a_plain_function_without_parameters():
+    window, model = [a_batch(2, 7, 3, seed=0)], a_model()
+    update(lambda ids: model(ids), torch.optim.SGD(model.parameters(), lr=0.3), window, 1.0)
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert torch.equal(weights, after(window, clip=1.0)[1])
