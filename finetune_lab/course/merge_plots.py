@@ -55,20 +55,21 @@ def gaps(*pairs: tuple[str, str], measure: str = "kept", unit: float = 100, widt
 def sweep(
     title: str, x: str, xs: Sequence[str], series: Mapping[str, tuple[Sequence[str], str]], y: str = "right (%)"
 ) -> tuple[Figure, str]:
-    """(figure, alt): recorded shares against a setting, one standard deviation each way.
+    """(figure, alt): recorded shares against a setting, one standard deviation each way (cut at 0).
 
     xs: the setting's values; series: label -> (the row name at each value, measure).
     """
-    figure, ax = plots.axes(title, x, y, size=(4.9, 2.4))
+    figure, ax = plots.axes(title, x, y, size=(5.2, 2.3))
     said = []
     for (label, (names, measure)), colour, marker in zip(series.items(), plots.COLOURS, plots.MARKERS, strict=False):
         means, sds = zip(*(found(name, measure) for name in names), strict=True)
         height, spread = [100 * v for v in means], [100 * v for v in sds]
-        ax.errorbar(range(len(xs)), height, yerr=spread, color=colour, marker=marker, capsize=3, label=label)
-        said.append(f"{label} " + ", ".join(f"{v:.0f}" for v in height))
+        below = [min(pair) for pair in zip(height, spread, strict=True)]
+        ax.errorbar(range(len(xs)), height, yerr=[below, spread], color=colour, marker=marker, capsize=3, label=label)
+        said.append(f"{label} " + ", ".join(f"{v:.0f} ± {s:.0f}" for v, s in zip(height, spread, strict=True)))
     ax.set_xticks(range(len(xs)), xs)
-    ax.set_ylim(-5, 128)
-    ax.legend(fontsize=8)
+    ax.set_ylim(-5, 112)
+    figure.legend(fontsize=8, loc="outside right upper")
     return figure, f"{title}. Percent at {x} {', '.join(xs)}: " + "; ".join(said) + "."
 
 
@@ -84,7 +85,14 @@ def lines(start: str, ends: Sequence[str], title: str) -> tuple[Figure, str]:
         said.append(f"to {end}: {means[0]:.2f} at the start, {means[5]:.2f} half way, {means[10]:.2f} at the end")
     ax.set_yscale("log")
     ax.legend(fontsize=8)
-    return figure, f"Loss on {start}. " + "; ".join(said) + "."
+    return figure, f"Loss on {start}, logarithmic axis, means of five seeds. " + "; ".join(said) + "."
+
+
+def barrier(start: str, end: str) -> str:
+    """How far the recorded loss on `start` rises above the straight line between its values at both ends."""
+    losses = [found(f"{start} to {end}, t={i / 10:g}", "loss")[0] for i in range(11)]
+    above = [v - losses[0] - i / 10 * (losses[10] - losses[0]) for i, v in enumerate(losses)]
+    return f"to {end}: barrier {max(above):.2f} nats, half way {above[5]:+.2f} from the straight line"
 
 
 class Plane:
@@ -114,20 +122,22 @@ class Plane:
 
 
 def slice_of_loss(
-    marks: Mapping[str, Weights], loss: Callable[[Weights], float], steps: int = 7, title: str = ""
+    marks: Mapping[str, Weights], loss: Callable[[Weights], float], steps: int = 9, title: str = ""
 ) -> tuple[Figure, str]:
     """(figure, alt): contours of `loss` on the plane through the first three models of `marks`; all are marked."""
     three = list(marks.values())[:3]
     plane = Plane(*three)
     xs, ys = (torch.linspace(-0.2, 1.2, steps) * size for size in (plane.width, plane.height))
     ground = torch.tensor([[loss(plane.point(x, y, three[0])) for x in xs.tolist()] for y in ys.tolist()])
-    figure, ax = plots.axes(title, "", "", size=(4.3, 2.9))
-    ax.clabel(ax.contour(xs, ys, ground, levels=8, colors=plots.BLACK, linewidths=0.8), fontsize=7)
+    figure, ax = plots.axes(title, "", "", size=(4.0, 2.6))
+    ax.clabel(ax.contour(xs, ys, ground, levels=6, colors=plots.BLACK, linewidths=0.6), fontsize=7)
     for (name, weights), marker, colour in zip(marks.items(), plots.MARKERS, plots.COLOURS, strict=False):
         spot = plane.place(weights)
         ax.plot(*spot, marker=marker, color=colour, markersize=8)
-        ax.annotate(name, spot, xytext=(6, 6), textcoords="offset points", color=colour, weight="bold")
-    ax.set(xticks=[], yticks=[])
+        ax.annotate(name, spot, xytext=(0, 8), textcoords="offset points", color=colour, weight="bold", ha="center",
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})  # fmt: skip
+    first, second, third = list(marks)[:3]
+    ax.set(xticks=[], yticks=[], xlabel=f"from {first} to {second}", ylabel=f"toward {third}")
     own = ", ".join(f"{name} {loss(weights):.2f}" for name, weights in marks.items())
     return (
         figure,
@@ -136,7 +146,7 @@ def slice_of_loss(
 
 
 def conflicts(taus: Mapping[str, Weights], pairs: Sequence[tuple[str, str]], most: int = 6) -> str:
-    """Percent of the entries with opposite signs, a line a layer: of all, and of the largest 20 % of each in brackets."""
+    """Percent of the entries with opposite signs, a line a layer: of all, and of those in both models' largest 20 %."""
     names = [name for name in next(iter(taus.values())) if ".layers." in name]
     layers = sorted({int(name.split(".layers.")[1].split(".")[0]) for name in names})
     lines = []
@@ -144,12 +154,10 @@ def conflicts(taus: Mapping[str, Weights], pairs: Sequence[tuple[str, str]], mos
         inside = [n for n in names if f".layers.{layer}." in n and taus[pairs[0][0]][n].ndim == 2]
         cells = []
         for pair in pairs:
-            of_all, of_large = (
-                merging.sign_conflicts(
-                    [torch.cat([merging.trim(taus[s][n], d).flatten() for n in inside]) for s in pair]
-                )
-                for d in (1.0, 0.2)
-            )
-            cells.append(f"{' and '.join(pair)} {100 * of_all:.0f} ({100 * of_large:.0f})")
+            of_all = merging.sign_conflicts([torch.cat([taus[s][n].flatten() for n in inside]) for s in pair])
+            x, y = (torch.cat([merging.trim(taus[s][n], 0.2).flatten() for n in inside]) for s in pair)
+            both = x * y != 0
+            of_large = (x * y < 0).sum() / both.sum().clamp(min=1)
+            cells.append(f"{' and '.join(pair)} {100 * of_all:.0f} (large in both: {100 * of_large:.0f})")
         lines.append(f"layer {layer:2}, % in conflict: " + ", ".join(cells))
     return "\n".join(lines)

@@ -6,6 +6,7 @@ import pytest
 
 from finetune_lab.course import merge_specialists as specialists
 from finetune_lab.course.bench import merge_effects as effects
+from finetune_lab.course.merge_paired import PAIRS, differences, title
 from finetune_lab.lab import train
 
 
@@ -80,3 +81,17 @@ def test_both_ends_of_the_line_to_the_twin_are_one_function():
 def test_subtracting_nothing_leaves_the_joint_model():
     found = effects.subtraction(0, 4, 1.0, (0,))["joint - 0 math"]
     assert found["loss"] == pytest.approx(effects.score(effects.joint(0), 0, 4)["loss"])
+
+
+def test_differences_are_taken_seed_by_seed():
+    """A way that is better by the same amount in every seed is apart, however far the seeds lie from each other."""
+    one, other, measure = PAIRS[0]
+    runs = [{one: {measure: 0.1 * seed + 0.02}, other: {measure: 0.1 * seed}} for seed in range(5)]
+    (gap, half), *rest = differences(runs).values()
+    assert gap == pytest.approx(0.02) and half == pytest.approx(0, abs=1e-12) and not rest
+
+
+def test_the_interval_is_students():
+    one, other, measure = PAIRS[0]
+    runs = [{one: {measure: value}, other: {measure: 0.0}} for value in (1.0, 2.0, 3.0, 4.0, 5.0)]
+    assert differences(runs)[title(one, other, measure)] == pytest.approx((3.0, 1.963), abs=1e-3)
