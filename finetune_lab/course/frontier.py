@@ -41,16 +41,20 @@ def frontier(points: Mapping[str, Point], start: float, setting: str) -> tuple[F
     else:
         title = f"{setting}: {100 * chosen.good[0]:.0f} % good for {chosen.kl[0]:.2g} nats"
     figure, ax = plots.axes(
-        title, "KL to the reference (nats a reply)", "replies that keep the rule (%)", size=(5.8, 3.2)
+        title, "KL to the reference (nats a reply, square-root axis)", "replies that keep the rule (%)", size=(5.8, 3.2)
     )
     shares = [start + (0.999 - start) * i / 60 for i in range(61)]
     ax.plot([least_kl(w, start) for w in shares], [100 * w for w in shares], color=plots.BLACK, linestyle="--")
     ax.annotate(
-        "no policy above", (least_kl(0.93, start), 100), xytext=(-4, 8), textcoords="offset points", ha="center"
+        "no policy above, from the mean start",
+        (least_kl(0.93, start), 100),
+        xytext=(38, 8),
+        textcoords="offset points",
+        ha="center",
     )
     ax.plot(0, 100 * start, color=plots.BLACK, marker="D", clip_on=False)
     ax.annotate("start", (0, 100 * start), xytext=(9, -4), textcoords="offset points")
-    by_kl = sorted(points.items(), key=lambda item: item[1].kl)  # labels step down from left to right
+    by_kl = sorted(points.items(), key=lambda item: item[1].kl)  # labels stand left, below and right of them in turn
     for n, (name, point) in enumerate(by_kl):
         here = name == setting
         colour, marker = (plots.VERMILLION, "s") if here else (plots.BLUE, "o")
@@ -58,8 +62,13 @@ def frontier(points: Mapping[str, Point], start: float, setting: str) -> tuple[F
             point.kl[0], 100 * point.good[0], xerr=point.kl[1], yerr=100 * point.good[1],
             color=colour, marker=marker, markersize=8 if here else 5, capsize=2, linestyle="", linewidth=1.2,
         )  # fmt: skip
-        under = (point.kl[0], 100 * (point.good[0] - point.good[1]))
-        ax.annotate(name, under, xytext=(0, -13 - 13 * (n % 3)), textcoords="offset points", color=colour, ha="center")
+        low = point.good[0] < start
+        end = (point.kl[0], 100 * (point.good[0] + (point.good[1] if low else -point.good[1])))
+        away = (0, 26) if low else [(-34, -34), (0, -58), (34, -34)][n % 3]  # leader lines: the points stand close
+        ax.annotate(
+            name, end, xytext=away, textcoords="offset points", color=colour, ha="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7},
+        )  # fmt: skip
     ax.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * x**2))
     ax.set_xlim(0, 1.7 * max(point.kl[0] for point in points.values()))
     ax.set_xticks([0, 0.25, 1, 2, 4, 8], ["0", "0.25", "1", "2", "4", "8"])

@@ -32,7 +32,8 @@ HELP = "beta, rate, losses, noisy labels, length, mistakes: replies won, KL, log
 
 UNITS = {"KL": "nats", "chosen change": "nats", "rejected change": "nats", "words": "words",
          "training loss": "nats", "story perplexity": "perplexity"}  # fmt: skip
-BY_SEED = ("good", "KL", "chosen change", "words", "no answer", "distinct", "story perplexity")
+BY_SEED = ("good", "KL", "chosen change", "words", "no answer", "distinct", "most common opening", "story perplexity",
+           "sums kept")  # fmt: skip
 T_95 = 2.776  # quantile 0.975 of Student's t, four degrees of freedom: five seeds
 PROMPTS, EACH = 40, 2  # held-out tickets, replies sampled to each
 BATCH = 6  # pairs a step
