@@ -79,6 +79,13 @@ def on_arc(cosine=lambda dot, norms: dot / norms, guard=lambda c: abs(c) > NEARL
     return arc
 
 
+def sines(dot, norms, t):
+    angle = 0.0 if norms == 0 else math.acos(dot / norms)
+    if norms == 0 or abs(math.cos(angle)) > NEARLY_PARALLEL:
+        return 1 - t, t
+    return math.sin((1 - t) * angle), math.sin(t * angle)
+
+
 def straight(dot, norms, t):
     return 1 - t, t
 
@@ -87,6 +94,7 @@ exercise(
     "07.2", "weights on an arc", arc, angle_cases, rtol=1e-6, atol=1e-7,
     wrong=[
         Wrong(straight, "this is the straight line: weight the two with sines of the angle"),
+        Wrong(sines, "divide both sines by sin(angle): at t = 0 the weight of a must be 1"),
         Wrong(on_arc(swap=True), "the ends are mixed up: t = 0 gives a, t = 1 gives b"),
         Wrong(on_arc(cosine=lambda dot, norms: dot), "the cosine is the dot product divided by both norms"),
         Wrong(on_arc(share=True), "do not normalise: on an arc the two weights may add up to more than 1"),
@@ -106,6 +114,9 @@ def trim_cases(draw):
     yield case(draw.normal(7, 3), 1.0)
     yield case(torch.tensor([-1.0, 0.2, 0.1, -0.05, 0.0]), 0.4)
     yield case(draw.normal(3, 5), 0.25)  # 3.75 entries: 3
+    yield case(draw.normal(8, 6).sign(), 0.5)  # all alike: the first in memory stay
+    yield case(draw.normal(2, 2), 0.2)  # 0.8 entries: none
+    yield case(draw.normal(3, 7), 0.3)  # 6.3 entries: 6
 
 
 def kept(
@@ -122,6 +133,11 @@ def kept(
     return trim
 
 
+def by_rank_value(task_vector, density):
+    sizes = task_vector.abs()
+    return task_vector * (sizes >= sizes.flatten().sort(descending=True).values[int(density * sizes.numel()) - 1])
+
+
 def by_threshold(task_vector, density):
     return task_vector * (task_vector.abs() > density)
 
@@ -135,6 +151,9 @@ exercise(
         Wrong(kept(score=lambda tau: -tau.abs()), "the largest entries are kept, the smallest become zero"),
         Wrong(kept(k=lambda density, n: n - int(density * n)), "density is the share that is KEPT, not the share dropped"),
         Wrong(kept(k=lambda density, n: math.ceil(density * n)), "int(density * n) entries stay: round down"),
+        Wrong(kept(k=lambda density, n: round(density * n)), "round down, not to the nearest: int(density * n)"),
+        Wrong(by_rank_value, "comparing with the k-th largest value keeps ALL that equal it, and some where k is 0: keep the "
+              "first k of a stable sort"),
         Wrong(kept(rows=True), "the whole tensor is ranked at once, not row by row"),
         Wrong(kept(after=lambda out, density: out / density), "TIES does not rescale what it keeps (DARE does)"),
         Wrong(by_threshold, "density is a share of the entries, not a threshold for their size"),
@@ -149,7 +168,7 @@ def stacks(draw):
     for models, shape in zip((2, 3, 5), draw.sizes(3, 4, 8), strict=True):
         values = draw.normal(models, *shape)
         yield case(values * (draw.normal(models, *shape).abs() > 0.5))  # trimmed: with zeros
-    yield case(torch.tensor([[1.0, -1.0, 0.5, 0.0], [-0.3, 0.3, -0.5, 0.0], [-0.3, 0.3, 0.0, 0.0]]))
+    yield case(torch.tensor([[1.0, -2, 0.5, 0, -1], [-0.3, 0.3, -0.5, 0, 0], [-0.3, 0.3, 0, 0, 0]]))
     yield case(torch.tensor([[5.0, 3.0], [-3.0, -2.0], [-3.0, 0.0]]))  # the largest is outvoted by the sum
 
 
@@ -159,6 +178,16 @@ def votes(task_vectors):
 
 def undecided(task_vectors):
     return task_vectors.sum(0).sign()
+
+
+def strictly(task_vectors):
+    return torch.where(task_vectors.sum(0) > 0, 1, -1)
+
+
+def by_the_majority(task_vectors):
+    total = task_vectors.sum(0)
+    sign = total.sign()
+    return torch.where(sign == 0, torch.where(sign.sum() >= 0, 1.0, -1.0), sign)
 
 
 def loudest(task_vectors):
@@ -179,6 +208,8 @@ exercise(
     wrong=[
         Wrong(votes, "this counts votes: add the VALUES, then take the sign (one large change outvotes two small ones)"),
         Wrong(undecided, "a sum of exactly 0 elects plus: torch.sign gives 0 there"),
+        Wrong(strictly, "a sum of exactly 0 elects plus: compare with >= 0, not with > 0"),
+        Wrong(by_the_majority, "a sum of exactly 0 elects plus here, whatever the other entries elect"),
         Wrong(loudest, "the largest entry does not decide alone: take the sign of the sum"),
         Wrong(first_model, "all models take part: sum over the first dimension"),
         Wrong(one_for_all, "one sign for each entry: sum over the models only"),
@@ -227,10 +258,21 @@ def signed_size(task_vectors, sign):
     return sign * task_vectors.abs().sum(0) / (task_vectors != 0).sum(0).clamp(min=1)
 
 
+def sizes_only(task_vectors, sign):
+    return disjoint_mean(task_vectors, sign).abs()
+
+
+def over_all(task_vectors, sign):
+    agrees = task_vectors.sign() == sign
+    return (task_vectors * agrees).sum(0) / agrees.sum().clamp(min=1)
+
+
 exercise(
     "07.5", "disjoint mean", disjoint_mean, elected_cases,
     wrong=[
         Wrong(plain_mean, "this is the plain mean: leave out the entries whose sign is not the elected one"),
+        Wrong(sizes_only, "the mean keeps its sign: average the values themselves, not their magnitudes"),
+        Wrong(over_all, "count the models that agree entry by entry: agrees.sum(0), not agrees.sum()"),
         Wrong(among(by="models"), "divide by the number of models that AGREE, not by all models"),
         Wrong(among(by="present"), "divide by the models that agree: one that disagrees is not counted either"),
         Wrong(among(by="one"), "a mean, not a sum: divide by the number of models that agree"),
@@ -261,7 +303,8 @@ def use_dare(fn, task_vector, p, seed):
     return {
         "factors of what is left": sorted({round(value, 2) for value in left.tolist()}),
         "share dropped": f"{p:.2f}, as asked" if abs(dropped - p) < 0.05 else f"{dropped:.1f}",
-        "scattered": bool(p == 0 or (one[0] != 0).any() and (one[-1] != 0).any()),
+        "left in most rows": bool(p == 0 or (one != 0).any(1).float().mean() > 0.8),
+        "left in most columns": bool(p == 0 or (one != 0).any(0).float().mean() > 0.8),
         "largest entry may go": bool(p == 0 or _loses_the_largest(fn, task_vector, p)),
         "same seed, same entries": bool(torch.equal(one, again)),
         "another seed, other entries": bool(p == 0 or not torch.equal(one, other)),
@@ -273,12 +316,12 @@ def _loses_the_largest(fn, task_vector, p):
     return any(fn(task_vector, p, torch.Generator().manual_seed(s)).flatten()[place] == 0 for s in range(12))
 
 
-def dropped(drop=lambda p: p, scale=lambda p: 1 / (1 - p), seeded=True):
+def dropped(drop=lambda p: p, scale=lambda p: 1 / (1 - p), seeded=True, noise=torch.rand, shape=lambda shape: shape):
     """`dare` with one mistake."""
 
     def dare(task_vector, p, generator=None):
-        noise = torch.rand(task_vector.shape, generator=generator if seeded else None)
-        return task_vector * (noise >= drop(p)) * scale(p)
+        drawn = noise(shape(task_vector.shape), generator=generator if seeded else None)
+        return task_vector * (drawn >= drop(p)) * scale(p)
 
     return dare
 
@@ -297,6 +340,11 @@ exercise(
         Wrong(dropped(scale=lambda p: 1 / p if p else 1.0), "the factor is 1 / (1 - p), not 1 / p"),
         Wrong(dropped(scale=lambda p: (1 - p) ** -0.5), "1 / (1 - p) keeps the mean; its root would keep the norm"),
         Wrong(dropped(seeded=False), "the choice must come from the generator: torch.rand(..., generator=generator)"),
+        Wrong(dropped(scale=lambda p: 1 - p), "divide what is left by 1 - p, do not multiply"),
+        Wrong(dropped(drop=lambda p: p / 100), "p is a fraction: 0.9 drops 90 %"),
+        Wrong(dropped(noise=torch.randn), "torch.rand is uniform on 0 to 1, so that a share p lies below p; randn is not"),
+        Wrong(dropped(shape=lambda shape: shape[-1:]), "each ENTRY has dice of its own: this drops whole columns"),
+        Wrong(dropped(shape=lambda shape: (shape[0], 1)), "each ENTRY has dice of its own: this drops whole rows"),
         Wrong(by_size, "entries are dropped at random, not by size: trimming is the step of TIES"),
     ],
 )  # fmt: skip
@@ -352,12 +400,24 @@ def wrong_sides(adapters, weights=None):
     return Adapter(A, torch.cat([a.B for a in adapters]))
 
 
+def stacked_twice(adapters, weights=None):
+    right = concatenate(adapters, weights)
+    return Adapter(right.A, torch.cat([a.B for a in adapters]))
+
+
+def shared_out(adapters, weights=None):
+    w = [1.0] * len(adapters) if weights is None else weights
+    return concatenate(adapters, [x / sum(w) for x in w])
+
+
 exercise(
     "07.7", "concatenate adapters", concatenate, adapter_cases, call=use_adapter, rtol=1e-4, atol=1e-5,
     wrong=[
         Wrong(factors_added, "this adds A to A and B to B: their product has terms B_1 A_2 that nobody trained; stack the "
               "As and put the Bs side by side"),
         Wrong(wrong_sides, "stack the As along the rank (dim 0) and put the Bs side by side (dim 1)"),
+        Wrong(stacked_twice, "A is right; the Bs stand side by side: torch.cat along dim 1"),
+        Wrong(shared_out, "do not divide by the sum of the weights: this is a sum, not an average"),
         Wrong(side_by_side(scaled=False), "each adapter's scaling (alpha / r) belongs to its update"),
         Wrong(side_by_side(weighted=False), "each adapter has its weight: put it into one of the factors"),
         Wrong(side_by_side(twice=True), "weight and scaling belong into ONE factor: in both they are squared"),
