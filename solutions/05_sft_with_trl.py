@@ -302,6 +302,7 @@ tell("held-out loss, exact match", *(f"full lr=0.001{more}" for more in (" batch
 # BEGIN SOLUTION
 guess = "3 to 15"
 # END SOLUTION
+SWEEP = {"full": ("6.25e-05", "0.00025", "0.001", "0.004", "0.016"), "LoRA": ("0.0005", "0.002", "0.008", "0.032")}
 perplexity, sd = found("LoRA lr=0.008", "story perplexity")
 SIZES = {"below 3": 3, "3 to 15": 15, "15 to 150": 150, "above 150": math.inf}
 outcome = next(name for name, most in SIZES.items() if perplexity < most)
@@ -309,7 +310,6 @@ predict.choice("05-p2", guess, outcome, options=list(SIZES))
 print(f"{perplexity:.0f}, with a standard deviation of {sd:.0f} over five seeds")
 
 # %%
-SWEEP = {"full": ("6.25e-05", "0.00025", "0.001", "0.004", "0.016"), "LoRA": ("0.0005", "0.002", "0.008", "0.032")}
 figure, ax = plots.axes("Too low learns little, too high breaks", "learning rate", "held-out loss (nats)", (5.6, 2.9))
 described = []
 for (name, rates), colour, marker in zip(SWEEP.items(), plots.COLOURS, "os", strict=False):
@@ -319,8 +319,7 @@ for (name, rates), colour, marker in zip(SWEEP.items(), plots.COLOURS, "os", str
 ax.set(xscale="log", yscale="log")
 ax.legend()
 plots.show(figure, alt="Loss at each rate. " + "; ".join(described))
-for name, rates in SWEEP.items():
-    tell("exact match, sums kept, story perplexity", *(f"{name} lr={rate}" for rate in rates))
+tell("exact match, sums kept, story perplexity", *(f"{name} lr={rate}" for name in SWEEP for rate in SWEEP[name]))
 
 # %% [markdown]
 # At a quarter of 0.001 (full) or 0.002 (LoRA) the 40 steps do not suffice. At four times that rate full fine-tuning answers
@@ -407,11 +406,7 @@ tell("held-out loss, exact match, story perplexity", *(f"full lr={lr}{more}" for
 
 # %%
 TASKS = {"tickets": (1, 2, 5, 10), "answers": (1, 2, 5, 10, 20), "codes": (1, 2, 5, 10, 20)}
-SHOWN = {
-    "tickets": "tickets",
-    "answers": "questions",
-    "codes": "codes",
-}  # "answers": the bench's name for the questions
+SHOWN = {"tickets": "tickets", "answers": "questions", "codes": "codes"}  # the bench calls questions "answers"
 figure, ax = plots.axes("Three training losses below 0.2, three meanings", "epoch", "loss (nats)", (5.6, 3.0))
 described = []
 for (task, epochs), colour, marker in zip(TASKS.items(), plots.COLOURS, plots.MARKERS, strict=False):
@@ -723,6 +718,9 @@ for name, use in uses.items():
         use()
     except AttributeError as error:
         print(f"wrapped, {name}: {error}")
+for alpha in (None, 5):
+    noisy = trl_trainer(fresh(lora=True), tickets[:8], max_steps=1, neftune_noise_alpha=alpha)
+    print(f"TRL, neftune_noise_alpha={alpha}: loss of the first step {noisy.train().training_loss:.4f}")
 
 # %%
 embedding, ids = load(seed=0)[0].get_input_embeddings().train(), micro["input_ids"]
@@ -733,9 +731,6 @@ embedding.neftune_noise_alpha = 5
 embedding.register_forward_hook(neftune_post_forward_hook)
 torch.manual_seed(0)
 print("our hook equals transformers', bit for bit:", torch.equal(ours, embedding(ids)))
-for alpha in (None, 5):
-    noisy = trl_trainer(fresh(lora=True), tickets[:8], max_steps=1, neftune_noise_alpha=alpha)
-    print(f"TRL, neftune_noise_alpha={alpha}: loss of the first step {noisy.train().training_loss:.4f}")
 tell("held-out loss, exact match, story perplexity", *(f"{method}{noise}" for method in ("LoRA lr=0.002", "full lr=0.001")
                                                        for noise in ("", " NEFTune 5", " NEFTune 15")))  # fmt: skip
 
@@ -819,14 +814,16 @@ for mode in ("ddp", "zero1", "fsdp2"):
     gap = bench.figure("distributed", f"{mode}: largest relative difference of the loss")["value"]
     shares = ", ".join(f"{what} {ratio:.0%}" for what, ratio in kept.items())
     print(f"{mode:6} of what one process keeps: {shares}; loss differs by {gap:.0e}")
+smol = [bench.figure("merge_smollm2", f"extract, {name}")["value"] for name in ("base", "specialist in extract")]
 print(silent.fsdp_without_gpu(cuda=False, environment={"ACCELERATE_USE_FSDP": "true"}))
+print(f"SmolLM2-135M, recorded by `finetune-lab bench merge_smollm2`: tickets right {smol[0]:.0%}, tuned {smol[1]:.0%}")
 
 # %% [markdown]
 # ## Your own data, one command
 # `finetune-lab sft --data my.jsonl --hold-out 0.2` is thin: it checks everything first, lets TRL train, writes a report.
 # Killed and started again it goes on; `finetune-lab generate` asks base, adapter and merged model side by side. In a
 # notebook the same is a function. With `FINETUNE_LAB_MODEL=smollm2-135m`, or a model of the hub, these pages run on that
-# model; `finetune-lab sft recipes/extract_smollm2.yaml` trains SmolLM2 (last line below: 50 held-out combinations).
+# model; `finetune-lab sft recipes/extract_smollm2.yaml` trains SmolLM2 (last line above: 50 held-out combinations).
 # (Others, November 2026: Axolotl and LLaMA-Factory are YAML over the same libraries; Unsloth has its own
 # kernels; torchtune has not been developed since July 2025.)
 
@@ -842,10 +839,6 @@ print("\n".join([line for line in preflight.lines(checked) if not line.startswit
 with plots.LiveCurve("The command learns your own file", alt="The training loss of the command.") as curve:
     sft(run, on_step=curve, say=lambda line: None, found=checked)
 print("\n".join((own.parent / "run" / "report.md").read_text(encoding="utf-8").splitlines()[:7]))
-before, after = (
-    bench.figure("merge_smollm2", f"extract, {name}")["value"] for name in ("base", "specialist in extract")
-)
-print(f"recorded, SmolLM2-135M: exact match {100 * before:.0f} % before, {100 * after:.0f} % after")
 
 # %% [markdown]
 # ## Silent failures
@@ -873,9 +866,6 @@ trap.pad_token = tokenizer.convert_ids_to_tokens(encode.turn_end(tokenizer))
 plain = copy.deepcopy(tokenizer)
 plain.chat_template = training_template(tokenizer).replace("{% generation %}", "").replace("{% endgeneration %}", "")
 print(silent.pad_is_eos(trap, encode.turn_end(tokenizer)), silent.no_generation_marks(plain, "assistant"), sep="\n\n")
-by_id = [label for label in prepared["labels"] if label not in (-100, trap.pad_token_id)]
-print("\nlabels masked by id end with", repr(tokenizer.decode(by_id)[-8:]), "and by position with",
-      repr(tokenizer.decode(counted)[-15:]))  # fmt: skip
 try:
     SFTTrainer(base, SFTConfig(tempfile.mkdtemp(), **QUIET, assistant_only_loss=True), train_dataset=talks,
                processing_class=plain)  # fmt: skip
@@ -891,6 +881,8 @@ doubled.chat_template = f"{{{{ '{tokenizer.convert_ids_to_tokens(first)}' }}}}" 
 once, twice = (encode.encode_all(rows_of(held_out).to_list(), one, "completion", 512) for one in (tokenizer, doubled))
 print(silent.double_bos(twice, first))
 losses = [held_out_loss(merged, rows) for rows in (once, twice)]
+by_id = tokenizer.decode([label for label in counted if label != trap.pad_token_id])
+print(f"pad = eos, labels end by position: {tokenizer.decode(counted)[-15:]!r}, masked by id: {by_id[-8:]!r}")
 print(f"held-out loss of the tuned model: one BOS {losses[0]:.4f}, two {losses[1]:.4f}")
 
 # %%
