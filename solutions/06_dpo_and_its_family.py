@@ -91,7 +91,9 @@ for group in said[:4]:
 for margin in (0.0, 1.0, 2.0):
     pair = torch.tensor([3.0 + margin, 3.0])
     p = preference.bradley_terry(*pair)
-    print(f"margin {margin:.0f}: p = {p:.3f}, loss {-p.log():.4f}; both +100: {preference.bradley_terry(*(pair + 100)):.3f}")
+    print(
+        f"margin {margin:.0f}: p = {p:.3f}, loss {-p.log():.4f}; both +100: {preference.bradley_terry(*(pair + 100)):.3f}"
+    )
 
 # %% [markdown]
 # ## The objective, and its optimum
@@ -124,7 +126,9 @@ Z = (reference * (reward / 0.5).exp()).sum()
 torch.manual_seed(0)
 others = torch.distributions.Dirichlet(torch.ones(5)).sample((20_000,))
 tried = preference.kl_objective(others, reference, reward, 0.5)
-print(f"objective of the optimum {objective:.4f} = beta log Z {0.5 * Z.log():.4f}; best of 20,000 others {tried.max():.4f}")
+print(
+    f"objective of the optimum {objective:.4f} = beta log Z {0.5 * Z.log():.4f}; best of 20,000 others {tried.max():.4f}"
+)
 for beta in (0.05, 0.5, 5):
     print(f"beta {beta:4}:", [round(p, 2) for p in kl_optimum(reference, reward, beta).tolist()])
 
@@ -140,7 +144,11 @@ for beta in (0.05, 0.5, 5):
 
 # %%
 implicit = preference.implicit_rewards(best.log(), reference.log(), beta=0.5)
-print("reward minus implicit reward:", [round(x, 4) for x in (reward - implicit).tolist()], f"= beta log Z = {0.5 * Z.log():.4f}")
+print(
+    "reward minus implicit reward:",
+    [round(x, 4) for x in (reward - implicit).tolist()],
+    f"= beta log Z = {0.5 * Z.log():.4f}",
+)
 w, l = 0, 3
 print(f"log-loss of the pair by reward {-F.logsigmoid(reward[w] - reward[l]):.4f}, by policies "
       f"{-F.logsigmoid(implicit[w] - implicit[l]):.4f}")  # fmt: skip
@@ -205,7 +213,9 @@ dpo_loss = check.dpo_loss(dpo_loss)
 # %%
 zero = torch.zeros(1)
 for beta in (0.1, 1.0, 10.0):
-    print(f"beta {beta:4}: loss while policy = reference {dpo_loss(zero - 30, zero - 25, zero - 30, zero - 25, beta)[0]:.4f}")
+    print(
+        f"beta {beta:4}: loss while policy = reference {dpo_loss(zero - 30, zero - 25, zero - 30, zero - 25, beta)[0]:.4f}"
+    )
 for now in (-3.0, 0.0, 3.0):
     chosen, rejected = torch.tensor([now], requires_grad=True), torch.zeros(1, requires_grad=True)
     dpo_loss(chosen, rejected, zero, zero, 1.0)[0].backward()
@@ -323,7 +333,10 @@ def compare(measures: list[str], other: str, *settings: str) -> None:
     print("minus", other)
     for setting in settings:
         gaps = [(measure, *dpo_effects.paired(setting, other, measure)) for measure in measures]
-        print(f"{setting:42}", "  ".join(f"{m} {gap:+.2f} ± {half:.2f} {'*' if abs(gap) > half else ' '}" for m, gap, half in gaps))
+        print(
+            f"{setting:42}",
+            "  ".join(f"{m} {gap:+.2f} ± {half:.2f} {'*' if abs(gap) > half else ' '}" for m, gap, half in gaps),
+        )
 
 
 BETAS = {beta: f"dpo beta={beta:g} lr=0.0001" for beta in (0.1, 1, 10)}
@@ -376,7 +389,7 @@ Explorer(draw, alt="Share of good replies against KL, four settings and the boun
          setting=SelectionSlider(options=list(points), value="beta 1"))  # fmt: skip
 
 # %% [markdown]
-# The three betas are not apart in good letters, though 10 against 0.1 narrowly; all are above the start. In KL all three are:
+# The three betas are not apart in good letters, though 10 against 0.1 narrowly; all are above the start. In KL each is apart:
 # the shorter leash does as well for half of the distance. At beta 0.1 three times the rate changes more than a hundredfold
 # beta, so sweep both.
 #
@@ -410,7 +423,9 @@ plots.show(figure, alt="Win rate at KL: " + "; ".join(
 
 # %%
 shown = {"beta 10": BETAS[10], "beta 1": BETAS[1], "beta 0.1": BETAS[0.1], "beta 0.1,\nrate × 3": TOO_FAR}
-figure, ax = plots.axes("The loss pays for a difference, not for the chosen letter", "", "change (nats, log beyond ±1)", size=(5.6, 3))
+figure, ax = plots.axes(
+    "The loss pays for a difference, not for the chosen letter", "", "change (nats, log beyond ±1)", size=(5.6, 3)
+)
 for offset, side, colour, hatch in ((-0.2, "chosen", plots.BLUE, ""), (0.2, "rejected", plots.VERMILLION, "//")):
     for n, name in enumerate(shown.values()):
         mean, sd = found(name, f"{side} change")
@@ -480,9 +495,13 @@ def simpo_loss(policy_chosen, policy_rejected, beta, gamma):
 simpo_loss = check.simpo_loss(simpo_loss)
 
 # %%
-lengths = torch.tensor([[sum(t != IGNORE_INDEX for t in row[1]) for row in pair] for pair in encode_pairs(tokenizer, held_out)]).T
+lengths = torch.tensor(
+    [[sum(t != IGNORE_INDEX for t in row[1]) for row in pair] for pair in encode_pairs(tokenizer, held_out)]
+).T
 average = before / lengths
-print(f"average log-probability at the start: chosen {average[0].mean():.2f}, rejected {average[1].mean():.2f} nats a token")
+print(
+    f"average log-probability at the start: chosen {average[0].mean():.2f}, rejected {average[1].mean():.2f} nats a token"
+)
 for beta in (0.1, 2.0, 10.0):
     print(f"beta {beta:4}: gamma = 0.5 asks for a gap of {0.5 / beta:.2f} nats a token")
 tell(["words", "good", "no answer"], "simpo beta=2 lr=0.0001, only shorter chosen")
@@ -521,7 +540,9 @@ steps = list(range(0, 400, 8))
 picture = plots.line(steps, {name: m[::8] for name, m in margins.items()},
                      "One answer wins always: IPO stops, DPO never", "step", "margin of log-ratios (nats)")  # fmt: skip
 picture.set_size_inches(5.2, 2.7)
-plots.show(picture, alt=f"After 400 steps DPO's margin is {margins['DPO'][-1]:.0f} and rising, IPO's {margins['IPO'][-1]:.1f}.")
+plots.show(
+    picture, alt=f"After 400 steps DPO's margin is {margins['DPO'][-1]:.0f} and rising, IPO's {margins['IPO'][-1]:.1f}."
+)
 gap = (after - before)[0] - (after - before)[1]
 means = ((after - before) / lengths)[0] - ((after - before) / lengths)[1]
 print(f"IPO's loss of our trained policy, tau 0.1: sums {((gap - 5) ** 2).mean():.0f}, averages {((means - 5) ** 2).mean():.1f}; "
@@ -630,7 +651,9 @@ for ratio, advantage in ((1.5, 1.0), (0.5, 1.0), (1.5, -1.0)):
     print(f"PPO's surrogate at ratio {ratio}, advantage {advantage:+.0f}: {clipped:+.1f}")
 for rewards_of_group in ([1.0] + [0.0] * 7, [9.0, 3.0, 1.5, 1.3], [9.0, 0.3, 0.2, 0.1]):
     group = torch.tensor(rewards_of_group)
-    print("GRPO's advantages of", rewards_of_group, [round(a, 2) for a in ((group - group.mean()) / group.std()).tolist()])
+    print(
+        "GRPO's advantages of", rewards_of_group, [round(a, 2) for a in ((group - group.mean()) / group.std()).tolist()]
+    )
 
 # %% [markdown]
 # PPO's loss is a clipped surrogate, not $\mathbb{E}[r - \beta\,\mathrm{KL}]$. GRPO's advantage is a z-score in the group, not
@@ -713,6 +736,7 @@ for kind in ("LoRA, ours, adapter off", "full, ours, precomputed"):
 #
 # ## What breaks in practice
 # Four mistakes that raise no error, three steps each on the same pairs: what a log shows at once.
+
 
 # %%
 def forgotten(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
