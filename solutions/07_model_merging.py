@@ -205,12 +205,12 @@ def mean_loss(weights: dict[str, Tensor]) -> float:
 
 
 marks = specialists | {"average": average}
-plots.show(*merge_plots.slice_of_loss(marks, mean_loss, title="The mean of three losses, between the specialists"))
+plots.show(*merge_plots.slice_of_loss(marks, mean_loss, title="The mean of the three skills' losses"))
 print(f"mean loss: base {mean_loss(base):.2f}, " + ", ".join(f"{s} {mean_loss(w):.2f}" for s, w in marks.items()))
 
 # %% [markdown]
-# No wall stands between the specialists. That the *mean* is lower between them owes to the measure too: each knows one skill
-# of three. What counts is that the three losses are low at one place.
+# No wall stands between the specialists here. That the *mean* is lower between them owes to the measure too: each knows one
+# skill of three. But a low mean needs three low losses at one place.
 #
 # ## SLERP
 # The average of two vectors is shorter than they are. SLERP (Shoemake 1985) walks the arc instead, and keeps the length:
@@ -459,8 +459,7 @@ predict.number("07-p4", guess, sum(100 * found("full, alone, DARE p=0.9", s)[0] 
 names = [f"full, alone, DARE p={p}" for p in DROPS]
 series = {skill: (names, skill) for skill in SKILLS}
 series["three merged: kept"] = [f"full, DARE p={p} lam=0.5" for p in DROPS], "kept"
-y = "right (%), of three merged: kept (%)"
-plots.show(*merge_plots.sweep("Most of a change can go, up to a point", "drop rate p", DROPS, series, y))
+plots.show(*merge_plots.sweep("Most of a change can go, up to a point", "drop rate p", DROPS, series, "percent"))
 table(*(f"LoRA, alone, DARE p={p}" for p in DROPS))
 for s in SKILLS:
     gaps(*((f"full, alone, DARE p={p}", f"full, specialist {s}") for p in (0.9, 0.99)), measure=s)
@@ -549,7 +548,7 @@ ways = {
 path = list(lora["math"])[len(lora["math"]) // 2]
 exact = sum(0.7 * merging.update(each[path]) for each in lora.values())
 for name, way in ways.items():
-    made = {p: way([each[p] for each in lora.values()], [0.7, 0.7]) for p in lora["math"]}
+    made = {p: Adapter(*way([each[p] for each in lora.values()], [0.7, 0.7])) for p in lora["math"]}
     error = (merging.update(made[path]) - exact).norm() / exact.norm()
     print(f"{name}: rank {len(made[path].A)}, error of an update {error:.1e}")
     tell(f"   {name}", added(made))

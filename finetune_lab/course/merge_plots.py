@@ -130,7 +130,9 @@ def slice_of_loss(
     xs, ys = (torch.linspace(-0.2, 1.2, steps) * size for size in (plane.width, plane.height))
     ground = torch.tensor([[loss(plane.point(x, y, three[0])) for x in xs.tolist()] for y in ys.tolist()])
     figure, ax = plots.axes(title, "", "", size=(4.0, 2.6))
-    ax.clabel(ax.contour(xs, ys, ground, levels=6, colors=plots.BLACK, linewidths=0.6), fontsize=7)
+    low, high = ground.min().item(), ground.max().item()
+    levels = [low + share * (high - low) for share in (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)]
+    ax.clabel(ax.contour(xs, ys, ground, levels=levels, colors=plots.BLACK, linewidths=0.6), fontsize=7, fmt="%.1f")
     for (name, weights), marker, colour in zip(marks.items(), plots.MARKERS, plots.COLOURS, strict=False):
         spot = plane.place(weights)
         ax.plot(*spot, marker=marker, color=colour, markersize=8)
@@ -141,7 +143,7 @@ def slice_of_loss(
     own = ", ".join(f"{name} {loss(weights):.2f}" for name, weights in marks.items())
     return (
         figure,
-        f"Contours of the mean loss on the plane: {own}; lowest of the grid {ground.min():.2f}, highest {ground.max():.2f}.",
+        f"Contours of the mean loss on the plane: {own}; lowest of the grid {low:.2f}, highest {high:.2f}.",
     )
 
 
