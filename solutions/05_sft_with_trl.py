@@ -253,7 +253,7 @@ update = check.update(update)
 # ## Effective batch and accumulation
 # Effective batch = sequences per micro-batch × accumulation × processes. It costs memory only for one micro-batch, and
 # changes nothing else, if the average is right. First one update of yours, then five seeds of the tiny model, recorded by
-# `finetune-lab bench sft_effects`, as all `tell` rows below; other recorded figures come from the bench that their cell
+# `finetune-lab bench sft_effects`, as all figures with ± below; other recorded figures come from the bench that their cell
 # names. Each row changes one thing of this: the questions of lesson 03, 40 steps of 16, linear schedule, 10 % warm-up,
 # clipping at 1, no decay; full at 0.001, LoRA of rank 16 at 0.002. We call two settings *apart* when their intervals,
 # mean ± standard deviation, do not overlap. "Not apart" means that five seeds cannot tell, not that they are equal.
@@ -272,7 +272,7 @@ def tell(measures: str, *settings: str) -> None:
     for setting in settings:
         figures = [f"{measure} {found(setting, measure)[0]:.3g} ± {found(setting, measure)[1]:.2g}"
                    for measure in measures.split(", ")]  # fmt: skip
-        print(f"{setting:36} " + ", ".join(figures))
+        print(f"{setting.replace('answers', 'questions'):36} " + ", ".join(figures))
 
 
 ends = []
@@ -472,7 +472,7 @@ tell("held-out loss, exact match, story perplexity", "full lr=0.004", "full lr=0
 # %% [markdown]
 # AdamW divides by the gradient's own size, so a constant factor cancels: clipping is not about the size of *all* steps, but
 # about outliers. At 0.004, a rate that is too high, the mean score is 59 % without clipping, 73 % at 1 and 74 % at 0.1; the
-# scores are not apart, the held-out losses of none and 0.1 just are. 1 and 0.1 five seeds cannot tell apart. Decay 0.1: means
+# scores are not apart, the held-out losses of none and 0.1 just are. Five seeds cannot tell 1 from 0.1. Decay 0.1: means
 # equal to the second digit. A decay of 10 shows what it would do: it pulls weights towards zero. Under full fine-tuning
 # that costs stories; under LoRA the *update* is pulled towards zero, so the stories come back, and the task is still learnt.
 #
@@ -894,7 +894,8 @@ print(silent.same_in_both(prompts, prompts[:10] + [item["prompt"][-1]["content"]
 
 # %% [markdown]
 # ## The loss does not go down
-# Over-fit *one* example first, without warm-up, at a constant rate. It separates the machine from the data. "Below 0.5 within 20 steps", say the notes; look how much that depends on the rate.
+# Over-fit *one* example first, without warm-up, at a constant rate. It separates the machine from the data. "Below 0.5
+# within 20 steps", say the notes; look how much that depends on the rate.
 
 
 # %%
@@ -927,7 +928,7 @@ print(f"blind guessing: ln(vocabulary) = {math.log(base.config.vocab_size):.2f}"
 
 # %% [markdown]
 # Read it so. *Falls to zero*: the machine works; look at data, rate and schedule. *Flat with norm 0*: nothing trains.
-# *nan*: no label, or overflow. *Jumps* or *slow*: the rate. And the last line falls too, with wrong labels: what gives it
+# *nan*: no label, or overflow. *Jumps* (highest far above the first) or *slow*: the rate. And the last line falls too, with wrong labels: what gives it
 # away is its first loss, above ln(vocabulary), worse than blind guessing. So the order is:
 # 1. print one rendered row, decoded, and its counted tokens;
 # 2. `print_trainable_parameters()`, gradient norms;
@@ -1004,7 +1005,8 @@ for what, notes, default, start in VALUES:
 # | more processes, no less memory | DDP, or FSDP on CPUs, which is DDP? | our loop with ZeRO-1 or FSDP2, or FSDP on GPUs |
 #
 # ## Summary
-# The script of the first page, healed: from 0 to 100 % of the tickets in 25 steps. Begin with LoRA on all layers, a swept rate, cosine, a warm-up of a few percent, clipping at 1, no
+# The script of the first page, healed: from 0 to 100 % of the tickets in 25 steps.
+# Begin with LoRA on all layers, a swept rate, cosine, a warm-up of a few percent, clipping at 1, no
 # weight decay, the held-out loss beside the score. Before every run: one rendered row, its labels, one example over-fitted.
 #
 # References: TRL's `SFTTrainer`; LoRA 2106.09685; NEFTune 2310.05914; mixed precision 1710.03740; cosine 1608.03983; AdamW
