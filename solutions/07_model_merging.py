@@ -672,8 +672,8 @@ Explorer(draw, alt="Skills of a merge as three bars.", method=Dropdown(options=m
 
 # %% [markdown]
 # ## The same with the library people use
-# mergekit reads a YAML file. `finetune-lab merge` reads the same file for these methods, tensor by tensor, so that a merge
-# of two 8B models needs the memory of a few of their tensors; tests hold it against mergekit 0.1.5.
+# mergekit reads a YAML file. `finetune-lab merge` reads the same file for these methods, tensor by tensor, so that it
+# needs the memory of a few tensors; tests hold it against mergekit 0.1.5.
 
 # %%
 import yaml
@@ -704,14 +704,21 @@ ways = (
 for way in ways:
     shares = (f"{skill} {100 * real[f'{skill}, {way}']:.0f} %" for skill in ("extract", "math"))
     print(f"SmolLM2-135M, {way}: {', '.join(shares)}")
+for way in ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties"):
+    times, limit = (
+        bench.figure("merge", f"{way}: {row}")
+        for row in ("times faster than mergekit", "peak memory over largest tensor x models x 3")
+    )
+    print(f"{way}: {times['value']:.1f} GB/s, {times['ratio']:.1f} x mergekit; peak {limit['value']:.0f} MB")
 
 # %% [markdown]
-# The last lines are a real model: two LoRA runs of SmolLM2-135M, merged by this command and scored on 50 held-out rows a skill
-# (`finetune-lab bench merge_smollm2`; one run, settings fixed beforehand, so no claim about the order). Sum and average keep
+# The SmolLM2 lines are a real model: two LoRA runs of SmolLM2-135M, merged by this command and scored on 50 held-out rows a skill
+# (`finetune-lab bench merge_smollm2`; one run, so no claim about the order). Sum and average keep
 # nearly all of two unlike skills, far more than in the toy; the two DAREs at their settings lose `math`.
 #
 # A parameter can also change with depth and place: `weight: [0, 0.5, 1]` runs from the first layer to the last, and a list of
-# `{filter: mlp, value: 0.3}` and `{value: 0.6}` gives the MLPs another weight. `finetune-lab bench merge` measures speed and memory.
+# `{filter: mlp, value: 0.3}` and `{value: 0.6}` gives the MLPs another weight. The last lines: two models of 1 GB,
+# one core (`finetune-lab bench merge`).
 #
 # Adapters are peft's ground: `combination_type` decides what is added up.
 
