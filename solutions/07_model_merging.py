@@ -659,7 +659,10 @@ def draw(method: str, extract: float, answer: float, math: float, density: float
     figure = plots.bars(bars, f"{method}: what the merge can do", "right (%)")
     figure.axes[0].set_ylim(0, 115)
     figure.set_size_inches(4.6, 2.5)
-    return figure, ", ".join(f"{s} {value:.0f} %" for s, value in bars.items())
+    used = {"weights": method != "slerp", "density": method in ("ties", "dare_linear"), "t": method == "slerp"}
+    values = {"weights": f"{extract:.2f} {answer:.2f} {math:.2f}", "density": f"{density:.2f}", "t": f"{t:.2f}"}
+    sliders = [f"{name} {value}{'' if used[name] else ' (not used)'}" for name, value in values.items()]
+    return figure, ", ".join([*(f"{s} {value:.0f} %" for s, value in bars.items()), *sliders])
 
 
 def slider(value: float, low: float, high: float) -> FloatSlider:

@@ -39,6 +39,31 @@ from finetune_lab.methods.memory.presets import PRESETS
 import torch
 paths, updates = ["a layer"], {"a layer": torch.randn(64, 48, generator=torch.Generator().manual_seed(0))}
 """,
+    "05": """
+import math
+from finetune_lab.course import plots
+from finetune_lab.methods import schedules
+from finetune_lab.methods.schedules import cosine
+""",
+    "06": """
+from finetune_lab.course import bench
+rows = {row["name"]: row["value"] for row in bench.recorded("dpo_effects")["rows"]}
+BETAS, TOO_FAR = {beta: f"dpo beta={beta:g} lr=0.0001" for beta in (0.1, 1, 10)}, "dpo beta=0.1 lr=0.0003"
+def found(setting, measure):
+    return rows[f"{setting}: {measure}"], rows[f"{setting}: {measure}, standard deviation"]
+""",
+    "07": """
+import torch
+from finetune_lab.course import plots
+from finetune_lab.lab import forced, tasks
+from finetune_lab.lab.models import load
+from finetune_lab.methods import merging
+model, tokenizer = load()
+base, SKILLS = forced.weights_of(model), ("extract", "answer", "math")
+torch.manual_seed(0)
+specialists = {skill: {n: w + 0.01 * w.std() * torch.randn_like(w) for n, w in base.items()} for skill in SKILLS}
+some = {skill: tasks.load_task(skill, "validation", 4) for skill in SKILLS}
+""",
 }
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # else cells off the screen are not in the page

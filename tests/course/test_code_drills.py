@@ -10,8 +10,9 @@ import yaml
 from finetune_lab.course import checks
 from finetune_lab.course.drills import code_tests, exercises
 
-BANK = Path(code_tests.__file__).parent / "bank" / "code.yml"
-ITEMS = yaml.safe_load(BANK.read_text(encoding="utf-8"))
+BANK = Path(code_tests.__file__).parent / "bank"
+FILES = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(BANK.glob("*.yml"))]
+ITEMS = [item for file in FILES for item in file if item["kind"] == "code"]
 EXERCISES = exercises.REGISTRY
 SEEDS = (0, 1, 2, 3)
 
