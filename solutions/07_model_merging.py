@@ -633,7 +633,7 @@ print(f"cosine of two codes vectors: {torch.cosine_similarity(*flat, dim=0):.2f}
 # fail is not shown here; the skills differ in wording too. But the same methods kept three quarters above, so here the task
 # decides more than the method. (2601.06672 looks for the cause in what the base knows of a task.)
 #
-# ## Explore: one merge, six sliders
+# ## Explore: one merge, five sliders
 # Your three specialists, merged anew at each move by the function behind `finetune-lab merge`. Weights count for all but
 # `slerp`, which goes from `extract` to `answer` by t; density counts for `ties` and `dare_linear`. Find a merge that
 # beats the average, then take a skill out with a negative weight. (Ten validation items a skill: an item is 10 points.)

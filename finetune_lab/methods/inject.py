@@ -18,6 +18,7 @@ from torch import nn
 
 from finetune_lab.methods.dora import DoRALinear
 from finetune_lab.methods.lora import LoRALinear, features
+from finetune_lab.methods.merging.adapters import Adapter, concatenate
 
 Targets = str | Sequence[str]
 
@@ -133,8 +134,9 @@ def add_weighted(model: nn.Module, weights: Mapping[str, float], adapter: str) -
         r = sum(part.r for _, part in parts)
         first = parts[0][1]
         layer = summed[path] = type(first)(first.base, r, alpha=r, dtype=first.A.dtype)  # scaling 1
-        layer.A.copy_(torch.cat([part.A for _, part in parts]))
-        layer.B.copy_(torch.cat([w * part.scaling * part.B for w, part in parts], dim=1))
+        made = concatenate([Adapter(part.A, part.B, part.scaling) for _, part in parts], [w for w, _ in parts])
+        layer.A.copy_(made.A)
+        layer.B.copy_(made.B)
     return add_adapter(model, adapter, summed)
 
 

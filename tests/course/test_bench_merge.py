@@ -2,8 +2,6 @@
 
 import pytest
 
-pytest.importorskip("mergekit")
-
 from finetune_lab.course import bench
 from finetune_lab.course.bench import merge, merge_smollm2
 from finetune_lab.lab import merging

@@ -3,13 +3,10 @@
 import json
 
 import pytest
-
-from finetune_lab.lab import merging
-
-pytest.importorskip("mergekit")
-
 from mergekit.config import MergeConfiguration
 from mergekit.merge import MergeOptions, run_merge
+
+from finetune_lab.lab import merging
 
 GRADIENT = [0.1, 0.9, 0.4]
 FILTERS = [{"filter": "self_attn", "value": [0.2, 1.0]}, {"filter": "down_proj", "value": 0.8}, {"value": 0.5}]
