@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -187,7 +188,7 @@ def stages():
 
 def test(chosen, installed):
     """Run the stages, all of them even after a failure; print minutes and failures; return 0 or 1."""
-    rows = [("install", installed, True)]
+    todo = {name: command for name, command in stages().items() if not chosen or name in chosen}
     with tempfile.TemporaryDirectory(prefix="finetune-lab-") as home:
         env = environment(
             FINETUNE_LAB_HOME=home,  # progress of the tests is not the learner's
@@ -197,22 +198,55 @@ def test(chosen, installed):
             JUPYTER_RUNTIME_DIR=home,
             HF_HUB_OFFLINE="1",
             OMP_NUM_THREADS="1",
+            PYTHONUNBUFFERED="1",
             # glibc: keep freed memory; 77,000 page faults a training step become 6,000.
             MALLOC_MMAP_THRESHOLD_="1073741824",
             MALLOC_TRIM_THRESHOLD_="2147483647",
         )
-        for name, command in stages().items():
-            if chosen and name not in chosen:
-                continue
-            mode = {"solutions": "solved", "notebooks": "unsolved"}.get(name, "learn")
-            say(f"---- {name}")
-            started = time.monotonic()
-            code = run(*command, env={**env, "FINETUNE_LAB_CHECK": mode})
-            rows.append((name, time.monotonic() - started, code == 0))
-    say("---- where the minutes went")
-    for name, seconds, good in [*rows, ("total", sum(row[1] for row in rows), all(row[2] for row in rows))]:
+        modes = {"solutions": "solved", "notebooks": "unsolved"}
+        envs = {name: {**env, "FINETUNE_LAB_CHECK": modes.get(name, "learn")} for name in todo}
+        started = time.monotonic()
+        ended = together(todo, envs)
+        wall = time.monotonic() - started
+    rows = [("install", installed, True), *((name, *ended[name]) for name in todo)]
+    say("---- where the minutes went (stages run two at a time)")
+    for name, seconds, good in [*rows, ("total", installed + wall, all(row[2] for row in rows))]:
         say(f"{name:<10} {seconds / 60:6.1f} min   {'ok' if good else 'FAILED'}")
     return 0 if all(row[2] for row in rows) else 1
+
+
+def together(commands, envs):
+    """Run the commands in their order, two at a time; what they print gets the stage's name before each line.
+
+    A stage keeps about one core busy, so two cores do both. Returns name -> (seconds, did it end well?).
+    """
+    started, stopped = [], False
+
+    def stage(name):
+        words = [str(word) for word in commands[name]]
+        say(f"---- {name}: $ " + " ".join([Path(words[0]).name, *words[1:]]))
+        start = time.monotonic()
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=envs[name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+            errors="replace",
+        )  # fmt: skip
+        started.append(process)
+        if stopped:  # between the signal and this line
+            process.kill()
+        for line in process.stdout:
+            print(f"{name:<9} | {line}", end="", flush=True)
+        return time.monotonic() - start, process.wait() == 0
+
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        futures = {name: pool.submit(stage, name) for name in commands}
+        try:
+            return {name: future.result() for name, future in futures.items()}
+        except BaseException:  # Ctrl-C, kill: take pytest along
+            stopped = True
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in started:
+                process.kill()
+            raise
 
 
 # ---- clean --------------------------------------------------------------------------------------------------------

@@ -204,9 +204,16 @@ def test_lab_stops_where_doctor_finds_a_block(tasks):
         tasks.lab([], ours=True)
 
 
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def small_stages(tasks, **codes):
     tasks.PYTHON = sys.executable
-    tasks.run = lambda *command, env=None: subprocess.call(command, env=env)
     tasks.stages = lambda: {name: [sys.executable, "-c", code] for name, code in codes.items()}
 
 
@@ -224,6 +231,39 @@ def test_every_stage_runs_and_one_failure_fails_the_whole(tasks, capsys, monkeyp
 def test_no_failure_is_code_0(tasks):
     small_stages(tasks, lint="pass")
     assert tasks.test([], 0.0) == 0
+
+
+def test_only_the_chosen_stages_run(tasks, capsys):
+    small_stages(tasks, lint="print('one')", tests="print('two')")
+    assert tasks.test(["tests"], 0.0) == 0
+    shown = capsys.readouterr().out
+    assert "tests     | two" in shown
+    assert "one" not in shown
+
+
+def test_two_stages_run_at_a_time(tasks, monkeypatch):
+    monkeypatch.setattr(tasks.os, "cpu_count", lambda: 2)
+    wait = "import pathlib, time\nopen({!r}, 'w')\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.01)"
+    a, b = str(tasks.ROOT / "a"), str(tasks.ROOT / "b")
+    small_stages(tasks, tests=wait.format(a, b), solutions=wait.format(b, a), notebooks="pass")
+    assert tasks.test([], 0.0) == 0, "each waits for the other to have started"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
+def test_killed_tests_leave_no_stage_behind(tmp_path):
+    (tmp_path / "stages.py").write_text(
+        "import sys\nsys.path.insert(0, sys.argv[1])\nimport tasks, signal, pathlib\n"
+        "tasks.ROOT, tasks.PYTHON = pathlib.Path(), sys.executable\n"
+        'sleeps = \'import os, time; open(str(os.getpid()) + ".pid", "w"); time.sleep(60)\'\n'
+        "tasks.stages = lambda: {name: [sys.executable, '-c', sleeps] for name in 'abc'}\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\ntasks.test([], 0.0)\n"
+    )
+    process = subprocess.Popen([sys.executable, "stages.py", str(ROOT)], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    while len(list(tmp_path.glob("*.pid"))) < min(2, os.cpu_count()):
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(20) == 143
+    assert not any(alive(int(path.stem)) for path in tmp_path.glob("*.pid"))
 
 
 def test_the_notebooks_run_in_the_right_mode_away_from_the_reader_s_progress(tasks, monkeypatch):
