@@ -955,7 +955,7 @@ VALUES = [
     ("warm-up", "3 % | 3-5 % | 5-10 % | 100-500 steps", args.warmup_steps, "a share, 3 to 10 %"),
     ("clipping", "1.0", args.max_grad_norm, "1.0; QLoRA: 0.3"),
     ("weight decay", "0.01 | 0.01 to 0.1", args.weight_decay, "0"),
-    ("epochs", "1-3 | 3-5 | LIMA: 15", args.num_train_epochs, "until the held-out loss turns"),
+    ("epochs", "1-3 | 3-5", args.num_train_epochs, "until the held-out loss turns"),
     ("effective batch", "16 | 16-32 | 32", args.per_device_train_batch_size, "16; say tokens a step"),
     ("DoRA's price", "none | 10 % | zero", "-", "measured in lesson 03"),
     ("optimizer", "adamw | paged 8-bit", args.optim.value, f"adamw: 8 bits save {6e-9 * 41.9e6:.2f} GB, LoRA on 8B"),
@@ -1010,7 +1010,7 @@ for what, notes, default, start in VALUES:
 # weight decay, the held-out loss beside the score. Before every run: one rendered row, its labels, one example over-fitted.
 #
 # References: TRL's `SFTTrainer`; LoRA 2106.09685; NEFTune 2310.05914; mixed precision 1710.03740; cosine 1608.03983; AdamW
-# 1711.05101; packing 2107.02027; ZeRO 1910.02054; LIMA 2305.11206. Threads: trl #3827, transformers #34191.
+# 1711.05101; packing 2107.02027; ZeRO 1910.02054. Threads: trl #3827, transformers #34191.
 #
 # Where next: lesson 06 teaches preferences with the same machine; lesson 07 merges what you trained.
 # Drills: `finetune-lab drill --lesson 05`.

@@ -191,7 +191,7 @@ for end in ends:
 # a stranger to the skill, below the straight line. To the twin there is a wall, although both ends are *the same function*:
 # averaging adds unit 1 of one model to unit 17 of the other. The twin stands in for a model from another start, which differs
 # at least by such an order. Hence the first rule: *merge fine-tunes of one base*. (Git Re-Basin, 2209.04836, searches for
-# the order; for language models that is not enough.)
+# the order.)
 #
 # The ground itself, on the plane through the three specialists: mean loss over the skills at 81 points, one seed, ten items a
 # skill.
@@ -766,7 +766,7 @@ print(f"peft's linear against our sum of factors: {(factors - layer.get_delta_we
 # | SLERP cures the magnitude collapse | fine-tunes of one base are nearly parallel | slerp |
 # | SLERP works for any tensors | zero tensors, unequal norms | slerp |
 # | linear merging falls into barriers | usually not between fine-tunes of one base | why averaging works |
-# | subtracting a vector eliminates toxicity | reduces (paper, GPT-2 large: 4.8 to 0.8 %), and takes more along | subtraction |
+# | subtracting a vector eliminates toxicity | reduces it (so the paper, on GPT-2 large), and takes more along | subtraction |
 # | adding adapters = adding their files | add updates, not factors | adapters |
 # | stars per method | measure on your skills | everything in one table |
 # | merged equals unmerged | up to rounding; not in 4 bits | merging in 4 bits |
