@@ -27,6 +27,7 @@ COMMANDS = {
     "run": ("finetune_lab.course.runner", "execute lessons; print seconds and failures"),
     "status": ("finetune_lab.course.runner", "your progress, lesson by lesson"),
     "reset": ("finetune_lab.course.runner", "a fresh copy of a lesson; yours is kept beside it"),
+    "guide": ("finetune_lab.course.guide", "the instructor's guide, made from the lessons"),
     "topics": ("finetune_lab.course.topics", "every topic of the course and the lesson that teaches it"),
     "sheet": ("finetune_lab.course.sheet", "the formula sheet and the glossary as one page"),
     "troubleshoot": ("finetune_lab.course.troubleshooting", "symptom or error text: cause, test, fix"),
