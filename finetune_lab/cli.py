@@ -28,6 +28,8 @@ COMMANDS = {
     "status": ("finetune_lab.course.runner", "your progress, lesson by lesson"),
     "reset": ("finetune_lab.course.runner", "a fresh copy of a lesson; yours is kept beside it"),
     "guide": ("finetune_lab.course.guide", "the instructor's guide, made from the lessons"),
+    "slides": ("finetune_lab.course.slides", "lessons as slides, from their own executed cells"),
+    "class": ("finetune_lab.course.classroom", "a class at a glance, from the files that learners hand in"),
     "topics": ("finetune_lab.course.topics", "every topic of the course and the lesson that teaches it"),
     "sheet": ("finetune_lab.course.sheet", "the formula sheet and the glossary as one page"),
     "troubleshoot": ("finetune_lab.course.troubleshooting", "symptom or error text: cause, test, fix"),
@@ -41,6 +43,7 @@ COMMANDS = {
     "drill": ("finetune_lab.course.drills.cli", "practise interview questions, or sit a mock interview"),
     "bench": ("finetune_lab.course.bench", "measure the course's claims on this machine"),
     "build": ("finetune_lab.course.build", "make the notebooks from the lesson sources (authors)"),
+    "book": ("finetune_lab.course.book", "the lessons as web pages, for reading without Jupyter"),
     "lint": ("finetune_lab.course.lint", "check lessons against their budgets (authors)"),
 }
 
