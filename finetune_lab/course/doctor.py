@@ -25,6 +25,7 @@ MARKS = {"ok": "[ok]", "note": "[i] ", "problem": "[!] ", "blocked": "[x] "}
 EXAMPLES = """examples:
   finetune-lab doctor
   finetune-lab doctor --json
+  finetune-lab doctor --class anna      (in a workshop: one file for the instructor)
 
 exit code: 0 the lessons run on the tiny model, 1 something blocks them"""
 
@@ -262,11 +263,19 @@ def show(report: dict) -> None:
 
 
 def doctor(args) -> int:
+    if args.name is not None:
+        from finetune_lab.course import classroom
+
+        classroom.file_name(args.name)  # a name that cannot be used is told before the work
     report = examine()
-    if args.json:
+    if args.json and args.name is not None:
+        print(json.dumps(classroom.record(args.name, report)))
+    elif args.json:
         print(json.dumps(report, indent=2))
     else:
         show(report)
+        if args.name is not None:
+            print(f"\n{classroom.write(args.name, report)} is written. {classroom.SAID}")
     return 0 if report["ok"] else 1
 
 
@@ -276,4 +285,6 @@ def register(subparsers) -> None:
     line = "what this machine can run, and how to fix what it cannot"
     parser = subparsers.add_parser("doctor", help=line, description=line, epilog=EXAMPLES, formatter_class=raw)
     parser.add_argument("--json", action="store_true", help="the same as JSON, with every version")
+    parser.add_argument("--class", dest="name", metavar="NAME", help="also write class-NAME.json for the instructor "
+                        "(with --json: print it); NAME is yours to choose")  # fmt: skip
     parser.set_defaults(func=doctor)

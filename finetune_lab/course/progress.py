@@ -24,6 +24,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from platformdirs import user_data_dir
 
+from finetune_lab.course.lessons import keep_mine
 from finetune_lab.errors import UserError
 
 SCHEMA = 1
@@ -150,3 +151,13 @@ def record_prediction(id: str, guess, actual, unit: str = "") -> None:
         entry["right"] = None if numbers else entry["first"] == actual
 
     _change(edit)
+
+
+def start_again() -> Path | None:
+    """Put the progress file aside as `progress.mine-YYYYMMDD-HHMMSS.json`; return where it is (None: there was none)."""
+    if not path().exists():
+        return None
+    with _locked():
+        kept = keep_mine(path())
+        path().unlink()
+    return kept

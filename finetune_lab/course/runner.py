@@ -158,6 +158,10 @@ def reset(lesson: Lesson) -> Path | None:
 
 
 def _reset(args: argparse.Namespace) -> int:
+    if bool(args.lessons) == args.all:
+        raise UserError("name the lessons to reset (finetune-lab reset 01), or all of them by --all, not both.")
+    if args.progress and not args.all:
+        raise UserError("--progress forgets every lesson's verdicts; it goes only together with --all.")
     for lesson in select(course_root(args.root), args.lessons):
         existed = lesson.notebook.exists()
         kept = reset(lesson)
@@ -167,6 +171,9 @@ def _reset(args: argparse.Namespace) -> int:
             print(
                 f"{lesson.notebook.name} {'is already as it was delivered' if existed else 'was missing; it is back'}"
             )
+    if args.progress:
+        kept = progress.start_again()
+        print(f"progress starts again; the old one is {kept}" if kept else "progress was empty")
     return 0
 
 
@@ -200,7 +207,9 @@ def register(subparsers) -> None:
         description="Replace notebooks/NN_name.ipynb by a fresh copy. Yours is kept as NN_name.mine-DATE-TIME.ipynb.",
         epilog="example: finetune-lab reset 01",
     )
-    fresh.add_argument("lessons", nargs="+", metavar="NN", help="lesson numbers")
+    fresh.add_argument("lessons", nargs="*", metavar="NN", help="lesson numbers")
+    fresh.add_argument("--all", action="store_true", help="every lesson: for the next person at this machine")
+    fresh.add_argument("--progress", action="store_true", help="with --all: forget the verdicts too (the file is kept)")
     fresh.set_defaults(func=_reset)
     for parser in (run, status, fresh):
         parser.add_argument("--root", help="the course folder (default: found from here)")

@@ -43,7 +43,9 @@ def test_a_good_run_ends_with_0_and_a_table(lesson, capsys):
 @pytest.mark.parametrize("words, says", [
     (["run", "07"], "there is no lesson '07'"), (["run", "--timeout", "0"], "--timeout is 0"),
     (["run", "--model", "no-such-model"], "no-such-model"), (["run", "--save", "notebooks"], "another folder"),
-    (["reset", "07"], "there is no lesson '07'"), (["build", "07"], "there is no lesson '07'"),
+    (["reset", "07"], "there is no lesson '07'"), (["reset"], "or all of them by --all"),
+    (["reset", "99", "--all"], "not both"), (["reset", "99", "--progress"], "only together with --all"),
+    (["build", "07"], "there is no lesson '07'"),
     (["status", "--root", "nowhere"], "no lessons in"), (["lint", "07"], "there is no lesson '07'"),
 ])  # fmt: skip
 def test_bad_input_ends_with_2_and_one_sentence(words, says, lesson, capsys, monkeypatch):
@@ -114,3 +116,16 @@ def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     assert f"example: finetune-lab {command}" in capsys.readouterr().out
+
+
+def test_reset_all_is_for_the_next_person_and_loses_nothing(lesson, capsys):
+    lesson.notebook.write_text("mine")
+    progress.record_exercise("99.1", "ok", "hide the prompt")
+    assert main(["reset", "--all", "--progress", "--root", str(lesson.root)]) == 0
+    assert "the old one is" in capsys.readouterr().out
+    assert [path.read_text() for path in lesson.notebook.parent.glob("99_masks.mine-*.ipynb")] == ["mine"]
+    assert progress.load()["exercises"] == {}
+    kept = next(progress.home().glob("progress.mine-*.json"))
+    assert "99.1" in json.loads(kept.read_text())["exercises"]
+    assert main(["reset", "--all", "--progress", "--root", str(lesson.root)]) == 0
+    assert "progress was empty" in capsys.readouterr().out

@@ -1,0 +1,134 @@
+"""What a learner hands in says nothing about the person but the name they chose; a class of such files is one table."""
+
+import getpass
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune_lab.cli import main
+from finetune_lab.course import classroom, doctor, plots, progress
+
+REPORT = {
+    "ok": True,
+    "versions": {"torch": "2.13.0"},
+    "rows": [
+        {"name": "Python", "value": f"3.11 in {Path.home()}/course", "level": "ok", "fix": ""},
+        {"name": "disk", "value": f"0.2 GB free in {Path.home()}/x of {getpass.getuser()}", "level": "problem",
+         "fix": "make room"},
+    ],
+    "tiers": [],
+}  # fmt: skip
+
+
+def learner(folder, name, exercises, when="2026-11-23T10:00:00+00:00", **more):
+    data = {"class": 1, "name": name, "when": when, "ready": True, "problems": [], "exercises": exercises, **more}
+    (folder / f"class-{name}.json").write_text(json.dumps(data) + "\n")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "handed-in"
+    folder.mkdir()
+    learner(folder, "anna", {"01.1": {"ok": True, "tries": 1}, "01.2": {"ok": True, "tries": 4}})
+    learner(folder, "ben", {"01.2": {"ok": False, "tries": 2}},
+            problems=[{"name": "memory", "value": "1 GB free", "fix": "close programs"}])  # fmt: skip
+    return folder
+
+
+def test_the_file_holds_verdicts_and_problems_but_neither_guesses_nor_the_account(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor, "examine", lambda: REPORT)
+    progress.record_exercise("01.2", "wrong", "labels")
+    progress.record_prediction("01-p1", 12345, 30)
+    assert main(["doctor", "--class", "anna"]) == 0
+    assert "no code, no guesses, no account name. Nothing was sent" in capsys.readouterr().out
+    text = Path("class-anna.json").read_text()
+    data = json.loads(text)
+    assert data["exercises"] == {"01.2": {"ok": False, "tries": 1}}
+    assert data["problems"] == [{"name": "disk", "value": "0.2 GB free in ~/x of (account)", "fix": "make room"}]
+    assert "12345" not in text and str(Path.home()) + "/" not in text and text.count("\n") == 1
+
+
+def test_with_json_the_file_is_printed_as_one_line_and_not_written(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor, "examine", lambda: REPORT)
+    assert main(["doctor", "--json", "--class", "anna"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out)["name"] == "anna" and out.count("\n") == 1 and not list(tmp_path.glob("class-*"))
+
+
+def test_what_doctor_writes_is_what_class_reads(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    progress.record_exercise("01.2", "ok", "labels")
+    classroom.write("anna", REPORT)
+    learners, left_out = classroom.collect(tmp_path)
+    assert left_out == [] and learners[0]["name"] == "anna"
+    assert learners[0]["exercises"] == {"01.2": {"ok": True, "tries": 1}}
+
+
+def test_the_table_counts_right_exercises_wrong_tries_and_machines(folder, capsys):
+    assert main(["class", str(folder), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert [row["right"]["01"] for row in figures["learners"]] == [2, 0]
+    assert figures["often_wrong"] == [
+        {"id": "01.2", "title": "completion labels", "wrong": 5, "tried": 2, "not_right_yet": 1}
+    ]
+    assert main(["class", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "ben: memory: 1 GB free; fix: close programs" in out
+    assert "01.2 completion labels: 1 of 2 who tried are not right yet, 5 wrong tries" in out
+
+
+def test_of_two_files_with_one_name_the_newer_counts_and_it_is_said(folder, capsys):
+    (folder / "later").mkdir()
+    learner(folder / "later", "ben", {"01.2": {"ok": True, "tries": 3}}, when="2026-11-23T12:00:00+00:00")
+    learners, left_out = classroom.collect(folder)
+    assert learners[1]["exercises"]["01.2"]["ok"] and "says it is ben too" in left_out[0]
+
+
+def test_a_progress_file_and_many_lines_in_one_file_are_read(folder):
+    (folder / "carla").mkdir()
+    progress.record_exercise("01.1", "ok", "x")
+    (folder / "carla" / "progress.json").write_bytes(progress.path().read_bytes())
+    joined = "".join((folder / f"class-{name}.json").read_text() for name in ("anna", "ben"))
+    for name in ("anna", "ben"):
+        (folder / f"class-{name}.json").unlink()
+    (folder / "all.json").write_text(joined)
+    assert [one["name"] for one in classroom.collect(folder)[0]] == ["anna", "ben", "carla"]
+
+
+@pytest.mark.parametrize("text", [
+    "{", "[1]", '{"exercises": 3}', '{"class": 2, "exercises": {}}', '{"exercises": {"x": {}}}', "[" * 100_000,
+    '{"exercises": {"01.1": {"tries": "many"}}}', '{"exercises": {}, "problems": [1]}',
+])  # fmt: skip
+def test_a_file_of_something_else_is_named_and_the_others_are_shown(text, folder, capsys):
+    (folder / "odd.json").write_text(text)
+    assert main(["class", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "left out or replaced: odd.json: not a file of" in out and "anna" in out
+
+
+def test_signs_that_steer_a_terminal_do_not_get_through(folder, capsys):
+    learner(folder, "x", {}, problems=[{"name": "\x1b[2J", "value": "a\nb", "fix": ""}])
+    assert main(["class", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "a b" in out
+
+
+def test_the_picture_has_a_number_in_every_field_that_is_not_empty(folder):
+    figure = classroom.draw(classroom.overview(*classroom.collect(folder)))
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert "2/7" in texts and figure.axes[0].get_title(loc="left")
+    assert len(plots.png(figure)) > 1000
+
+
+@pytest.mark.parametrize("words, says", [
+    (["class", "nowhere"], "is not a folder"), (["class", "."], "no file of a learner"),
+    (["doctor", "--class", "a b"], "letters, digits"), (["doctor", "--class", "../x"], "letters, digits"),
+])  # fmt: skip
+def test_bad_input_ends_with_2_and_one_sentence(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
