@@ -42,6 +42,7 @@ COMMANDS = {
     "vram": ("finetune_lab.course.vram_cli", "how much GPU memory a fine-tuning run needs, line by line"),
     "drill": ("finetune_lab.course.drills.cli", "practise interview questions, or sit a mock interview"),
     "bench": ("finetune_lab.course.bench", "measure the course's claims on this machine"),
+    "new-lesson": ("finetune_lab.course.new_lesson", "start a lesson from a template that runs (authors)"),
     "build": ("finetune_lab.course.build", "make the notebooks from the lesson sources (authors)"),
     "book": ("finetune_lab.course.book", "the lessons as web pages, for reading without Jupyter"),
     "lint": ("finetune_lab.course.lint", "check lessons against their budgets (authors)"),
