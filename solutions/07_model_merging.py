@@ -80,8 +80,8 @@ for skill, weights in specialists.items():
     tell(f"specialist {skill}", weights)
 
 # %% [markdown]
-# A specialist knows next to nothing of the other skills. The crudest idea there is: average the three models, weight by weight. How many percent are right then, averaged over
-# the skills? (Nothing above tells; say what you would bet.)
+# A specialist knows next to nothing of the other skills. The crudest idea there is: average the three models, weight by
+# weight. How many percent are right then, averaged over the skills? (Nothing above tells; say what you would bet.)
 
 # %%
 # BEGIN SOLUTION
@@ -193,8 +193,8 @@ for end in ends:
 # at least by such an order. Hence the first rule: *merge fine-tunes of one base*. (Git Re-Basin, 2209.04836, searches for
 # the order.)
 #
-# The ground itself, on the plane through the three specialists: mean loss over the skills at 81 points, one seed, ten items a
-# skill.
+# The ground itself, on the plane through the three specialists: mean loss over the skills on a grid of points, one seed, ten
+# items a skill.
 
 
 # %%
@@ -205,7 +205,7 @@ def mean_loss(weights: dict[str, Tensor]) -> float:
 
 
 marks = specialists | {"average": average}
-plots.show(*merge_plots.slice_of_loss(marks, mean_loss, title="The mean of the three skills' losses"))
+plots.show(*merge_plots.slice_of_loss(marks, mean_loss, tier.grid, title="The mean of the three skills' losses"))
 print(f"mean loss: base {mean_loss(base):.2f}, " + ", ".join(f"{s} {mean_loss(w):.2f}" for s, w in marks.items()))
 
 # %% [markdown]

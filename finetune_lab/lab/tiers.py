@@ -26,13 +26,14 @@ class Recipe:
 @dataclass(frozen=True)
 class Tier:
     """Settings of a class of models. `test_items`: how many held-out items a lesson scores; `instruction` is put
-    before the user's text, for models that can read one (the tiny model learns the task from its examples alone)."""
+    before the user's text, for models that can read one (the tiny model learns the task from its examples alone);
+    `grid`: points on a side where a lesson maps a loss over a plane."""
 
     name: str
     recipes: dict[str, Recipe]
     test_items: int
     instruction: dict[str, str]
-    effect_seeds: int = 5
+    grid: int = 9
 
     def items(self, task: str, split: str, n: int, seed: int = 0) -> list[dict]:
         """`n` items of a task (`tasks.load_task`), with this tier's instruction before the user's text."""
@@ -76,7 +77,7 @@ SMALL = Tier(
     | dict.fromkeys(("dpo", "dpo-start"), Recipe(steps=40, batch_size=4, lora_lr=5e-5, full_lr=5e-6, items=200)),
     test_items=20,
     instruction=_ASK,
-    effect_seeds=1,
+    grid=5,
 )
 LARGE = Tier(
     name="large",
@@ -87,7 +88,7 @@ LARGE = Tier(
     | dict.fromkeys(("dpo", "dpo-start"), Recipe(steps=100, batch_size=8, lora_lr=5e-6, full_lr=5e-7, items=500)),
     test_items=100,
     instruction=_ASK,
-    effect_seeds=3,
+    grid=5,
 )
 
 
