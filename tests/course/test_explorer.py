@@ -1,7 +1,7 @@
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
-from ipywidgets import Dropdown, IntSlider
+from ipywidgets import Dropdown, IntSlider, SelectionSlider, ToggleButtons
 
 from finetune_lab.course import execute, plots
 from finetune_lab.course.explorer import Explorer
@@ -58,3 +58,14 @@ def test_an_error_in_the_plot_is_shown_and_not_swallowed():
 def test_an_explorer_without_alt_is_refused():
     with pytest.raises(UserError, match="alt"):
         Explorer(line, alt=" ", rank=IntSlider(8, 1, 64))
+
+
+@pytest.mark.parametrize("options, twin", [(["a", "b"], ToggleButtons), (list("abcdefg"), SelectionSlider)])
+def test_a_menu_is_shown_as_something_that_keeps_its_arrow_keys(options, twin):
+    menu = Dropdown(options=options)
+    explorer = Explorer(table, alt="Tokens.", word=menu)
+    assert type(explorer.children[0]) is twin and explorer.children[0].description == "word"
+    explorer.children[0].value = "b"
+    assert menu.value == "b" and "<td>b</td>" in explorer.children[1].value
+    menu.value = "a"
+    assert explorer.children[0].value == "a"
