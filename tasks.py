@@ -121,13 +121,17 @@ def install(force=False):
         say("taking torch from the index in FINETUNE_LAB_TORCH_INDEX")
         if run(*pip, "-c", "constraints.txt", "--index-url", index, "torch"):
             stop("torch could not be installed from FINETUNE_LAB_TORCH_INDEX. Check its value, then run this again.")
-    elif platform.system() == "Linux" and not shutil.which("nvidia-smi") and not torch_is_there():
+    elif platform.system() == "Linux" and not (
+        shutil.which("nvidia-smi") or torch_is_there() or os.environ.get("PIP_NO_INDEX")  # a pack has its own torch
+    ):
         say("No NVIDIA driver was found. If pip now fetches packages called nvidia-..., that is about 3 GB that")
         say("this machine cannot use: stop with Ctrl-C, set FINETUNE_LAB_TORCH_INDEX to the address that the CPU")
         say("selector on pytorch.org's install page shows after --index-url, and run the same command again.")
         if sys.stdin.isatty() and sys.stdout.isatty():
             time.sleep(8)
-    say("installing the pinned packages (about 500 MB of downloads the first time; minutes, not seconds)")
+    offline = os.environ.get("PIP_NO_INDEX")
+    size = "from files here" if offline else "about 500 MB of downloads the first time"
+    say(f"installing the pinned packages ({size}; minutes, not seconds)")
     if run(*pip, "-c", "constraints.txt", "-e", ".[dev]"):
         stop("the install failed: the reason stands above. Downloads are kept; run the same command again.")
     STAMP.write_text(wanted())

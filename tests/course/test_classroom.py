@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune_lab.cli import main
-from finetune_lab.course import classroom, doctor, plots, progress
+from finetune_lab.course import classroom, classroom_table, doctor, plots, progress
 
 REPORT = {
     "ok": True,
@@ -62,7 +62,7 @@ def test_what_doctor_writes_is_what_class_reads(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     progress.record_exercise("01.2", "ok", "labels")
     classroom.write("anna", REPORT)
-    learners, left_out = classroom.collect(tmp_path)
+    learners, left_out = classroom_table.collect(tmp_path)
     assert left_out == [] and learners[0]["name"] == "anna"
     assert learners[0]["exercises"] == {"01.2": {"ok": True, "tries": 1}}
 
@@ -83,7 +83,7 @@ def test_the_table_counts_right_exercises_wrong_tries_and_machines(folder, capsy
 def test_of_two_files_with_one_name_the_newer_counts_and_it_is_said(folder, capsys):
     (folder / "later").mkdir()
     learner(folder / "later", "ben", {"01.2": {"ok": True, "tries": 3}}, when="2026-11-23T12:00:00+00:00")
-    learners, left_out = classroom.collect(folder)
+    learners, left_out = classroom_table.collect(folder)
     assert learners[1]["exercises"]["01.2"]["ok"] and "says it is ben too" in left_out[0]
 
 
@@ -95,7 +95,7 @@ def test_a_progress_file_and_many_lines_in_one_file_are_read(folder):
     for name in ("anna", "ben"):
         (folder / f"class-{name}.json").unlink()
     (folder / "all.json").write_text(joined)
-    assert [one["name"] for one in classroom.collect(folder)[0]] == ["anna", "ben", "carla"]
+    assert [one["name"] for one in classroom_table.collect(folder)[0]] == ["anna", "ben", "carla"]
 
 
 @pytest.mark.parametrize("text", [
@@ -117,7 +117,7 @@ def test_signs_that_steer_a_terminal_do_not_get_through(folder, capsys):
 
 
 def test_the_picture_has_a_number_in_every_field_that_is_not_empty(folder):
-    figure = classroom.draw(classroom.overview(*classroom.collect(folder)))
+    figure = classroom_table.draw(classroom_table.overview(*classroom_table.collect(folder)))
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert "2/7" in texts and figure.axes[0].get_title(loc="left")
     assert len(plots.png(figure)) > 1000
