@@ -5,10 +5,7 @@
 # docs/places.md says what of this was run.
 FROM python:3.11-slim-bookworm
 
-# torch and bitsandbytes load it; the slim image has none
-# hadolint ignore=DL3008
-RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
-RUN useradd --create-home --uid 1000 learner
+RUN useradd --create-home --uid 1000 learner && install -d -o learner /home/learner/finetune-lab
 USER 1000
 WORKDIR /home/learner/finetune-lab
 COPY --chown=1000 . .

@@ -25,9 +25,8 @@ NEXT = """next:
   finetune-lab build @NN@ --execute     # runs it on the tiny model; look at solutions/@NAME@.ipynb
   finetune-lab lint @NN@                # what is still missing: cells, words, exercises
   pytest tests/lessons tests/methods/test_@MODULE@.py -k "@NN@ or @MODULE@"
-then write over every TODO, rename top_share, and tell the course: finetune_lab/course/topics.yml (the lesson's
-title; its topics from planned to written), the row of the README, a drill or more in course/drills/bank.
-CONTRIBUTING.md says how, step by step."""
+then write over every TODO and rename top_share. CONTRIBUTING.md goes on from here: drills, the list of topics, and the
+pages that are made from the lessons."""
 
 
 def fill(text: str, name: str, title: str) -> str:
