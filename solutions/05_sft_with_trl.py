@@ -42,6 +42,8 @@ from finetune_lab.methods.neftune import neftune
 
 tier = tiers.tier()
 base, tokenizer = load(seed=0)
+marked = copy.deepcopy(tokenizer)
+marked.chat_template = training_template(tokenizer)  # marks the answers; tiny's own template has them
 recipe = tier.recipes["extract"]
 tickets = tier.items("extract", "train", min(recipe.items, 320))
 held_out = tier.items("extract", "test", min(tier.test_items, 50))
@@ -170,8 +172,6 @@ counted = [i for i, label in zip(prepared["input_ids"], prepared["labels"], stri
 print("the model learns to write:", repr(tokenizer.decode(counted)))
 talks = Dataset.from_list([{"messages": item["prompt"] + item["completion"]} for item in tickets[:4]])
 print(f"{'prompt + completion':36} {len(counted)} of {len(prepared['labels'])} tokens count")
-marked = copy.deepcopy(tokenizer)
-marked.chat_template = training_template(tokenizer)  # with marks around the answers; tiny's own template has them
 for name, assistant in {"messages, assistant_only_loss=True": True, "messages, default settings": False}.items():
     args = SFTConfig(tempfile.mkdtemp(), **QUIET, assistant_only_loss=assistant)
     given = SFTTrainer(base, args, train_dataset=talks, processing_class=marked).train_dataset[0]["labels"]

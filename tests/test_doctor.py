@@ -155,7 +155,7 @@ def test_a_gpu_is_named_with_memory_and_bf16(machine):
 def test_a_gpu_that_torch_cannot_use_comes_with_the_fix(machine, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/" + name)
     assert "CPU build" in row("GPU")["value"]
-    assert "README" in row("GPU")["fix"]
+    assert "docs/places.md" in row("GPU")["fix"]
 
 
 def test_the_bitsandbytes_message_is_explained_where_it_appears(machine, monkeypatch):

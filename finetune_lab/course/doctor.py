@@ -162,7 +162,7 @@ def check_probe(learnt: dict) -> list[Row]:
             rows.append(Row("GPU", "none: the tiny model needs none, a small real model runs on the CPU", "note"))
             if torch["cuda"] is None and shutil.which("nvidia-smi"):
                 rows[-1].value = "this machine has an NVIDIA driver, but torch is the CPU build"
-                rows[-1].fix = "README, section CPU-only and CUDA, tells how to get the CUDA build"
+                rows[-1].fix = "docs/places.md, CPU-only and CUDA, tells how to get the CUDA build"
     if problem := learnt.get("setting", {}).get("problem"):
         name = learnt["setting"]["name"]
         value = f"FINETUNE_LAB_MODEL={name}: {problem}"

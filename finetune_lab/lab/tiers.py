@@ -71,7 +71,7 @@ _ASK = {
 SMALL = Tier(
     name="small",
     recipes={
-        task: Recipe(steps=40, batch_size=4, lora_lr=5e-4, full_lr=2e-5, items=500)
+        task: Recipe(steps=40, batch_size=4, lora_lr=1e-3, full_lr=1e-4, items=500)
         for task in ("extract", "answer", "math", "reply")
     }
     | dict.fromkeys(("dpo", "dpo-start"), Recipe(steps=40, batch_size=4, lora_lr=5e-5, full_lr=5e-6, items=200)),
