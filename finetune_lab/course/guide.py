@@ -28,15 +28,17 @@ tried on a class. *Parts* is what exercises, predictions, reading and code would
 lesson whose parts are longer than its minutes runs late, so leave an exercise for home."""
 
 ROOM = """- A week before: `finetune-lab pack DIR` on a machine with internet; it makes a folder that installs without any
-  (`finetune-lab pack --help`). Copy it to a USB stick for every five people, and try it on one machine of the room.
+  (`finetune-lab pack --help`). A pack is for one system and one Python: ask first what the room has. Copy it to a USB
+  stick for every five people, and try it on one machine of the room.
 - The day before: on your own machine `finetune-lab doctor`, then `finetune-lab run --tree solutions`: every lesson runs
   to the end, and you see how long it computes.
 - Learners need Python 3.11 or newer, 3 GB of disk and 2 GB of free memory. No GPU and no account. The default model is
   part of the package: nothing is downloaded during a lesson.
-- A machine that was used before: `finetune-lab reset --all` makes every notebook fresh and keeps the old ones beside them.
+- A machine that was used before: `finetune-lab reset --all --progress` makes every notebook fresh and starts the
+  progress again; what was there is kept beside it.
 - On arrival: everybody runs `finetune-lab doctor --class NAME`, with a name of their own choice, and gives
-  you the file: versions, machine, problems, progress; no code, no answers. `finetune-lab class FOLDER` reads a folder of such files
-  and names the machines with problems first.
+  you the file: versions, machine, problems, progress; no code, no answers. `finetune-lab class FOLDER` reads a folder of
+  such files and names the machines with problems.
 - Screen: slides of a lesson's own cells with `finetune-lab slides NN --out DIR`; they work without internet.
 - Power sockets, a clock that everybody sees, and paper: predictions are bolder when they are written down.
 - During an exercise: `[x]` with a hint is the normal case. Wait for the second try before you help.

@@ -1,10 +1,12 @@
 """A pack holds what an install needs on its platform, says so in sums, and refuses what it is not for.
 
-The whole thing, installed with the network off, is `test_a_pack_installs_without_a_network` (marked network: it
-downloads half a gigabyte first; see its docstring for the command).
+The whole thing, installed with the network off, is the last test: marked network, because it downloads half a gigabyte
+first. `pytest -m network tests/course/test_pack.py`, about ten minutes and 4 GB of disk.
 """
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,7 +17,7 @@ import pytest
 
 from finetune_lab.cli import main
 from finetune_lab.course import build, pack, pack_wheels
-from finetune_lab.course.lessons import lessons
+from finetune_lab.course.lessons import course_root, lessons
 from finetune_lab.course.pack_wheels import Target
 from finetune_lab.errors import UserError
 
@@ -224,3 +226,27 @@ def test_too_little_disk_is_said_before_anything_is_fetched(root, tmp_path, monk
     monkeypatch.setattr(pack, "NEEDED", 10**18)
     with pytest.raises(UserError, match="of free disk; a pack needs"):
         pack.pack(root, tmp_path / "new", LINUX, with_model=False)
+
+
+@pytest.mark.network
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not (shutil.which("unshare") and shutil.which("ip")), reason="needs unshare and ip (Linux)")
+def test_a_pack_installs_and_runs_lesson_00_without_a_network(tmp_path):
+    folder, target = tmp_path / "my stick", tmp_path / "a class"
+    pack.pack(course_root(), folder, pack_wheels.here())
+    program = target / ".venv" / "bin" / "finetune-lab"
+    script = f"""set -e
+        ip link set lo up
+        ! ip route | grep default
+        "{sys._base_executable}" "{folder}/install.py" "{target}"
+        cd "{target}"
+        "{program}" run 00 --tree solutions
+        "{program}" models list
+    """
+    env = os.environ | {"HOME": str(tmp_path / "home"), "FINETUNE_LAB_HOME": str(tmp_path / "home")}
+    (tmp_path / "home").mkdir()
+    command = ["unshare", "--map-root-user", "--net", "bash", "-c", script]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 lessons, 0 failed" in done.stdout and "smollm2-135m: cached" in done.stdout

@@ -125,7 +125,7 @@ def main():
             say("the real model could not be put in its place (see above); every lesson runs on the tiny one.")
     if run(target, "doctor"):
         stop("installed, but something blocks the lessons: see the lines with [x].")
-    say(f"done. Start:  cd {target}  and  {Path(sys.executable).name} tasks.py lab")
+    say(f'done. Start:  cd "{target}"   and   {Path(sys.executable).name} tasks.py lab')
 
 
 if __name__ == "__main__":
