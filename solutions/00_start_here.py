@@ -254,7 +254,7 @@ print(exact_match(after, [tasks.reference(item) for item in tests]))
 # ## Where to go
 #
 # - **Learner:** open lesson 01 and go in order. Write code; do not only read.
-# - **Instructor:** each lesson is 60 to 90 minutes; the complete ones, with outputs, are in `solutions/`.
+# - **Instructor:** run sheets, agendas and typical wrong answers are in `docs/instructor.md`; complete lessons in `solutions/`.
 # - **Interview:** read the myths and the summary of each lesson first, then practise with `finetune-lab drill` or
 #   lesson 16; `finetune-lab drill --mock 45` is a mock interview.
 #
