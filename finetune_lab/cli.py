@@ -94,7 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((word for word in argv if not word.startswith("-")), None)
     try:
         parser = build_parser(command)
-        args = parser.parse_args(argv)
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            help_of = f"finetune-lab {command}" if command in COMMANDS else "finetune-lab"
+            raise UserError(f"unrecognized arguments: {' '.join(unknown)} (see `{help_of} --help`)")
         if not hasattr(args, "func"):
             parser.print_help()
             return 2 if argv else 0

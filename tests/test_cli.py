@@ -83,6 +83,11 @@ def test_bad_words_give_one_sentence_and_code_2(words, capsys):
     assert "--help" in shown.err
 
 
+def test_an_unknown_flag_points_to_the_command_s_own_help(capsys):
+    cli.main(["doctor", "--nonsense"])
+    assert capsys.readouterr().err.endswith("--nonsense (see `finetune-lab doctor --help`)\n")
+
+
 def test_a_user_error_is_one_sentence_and_code_2(monkeypatch, capsys):
     module_that(monkeypatch, raises(UserError("rank must be at least 1, not 0")))
     assert cli.main(["try"]) == 2

@@ -148,7 +148,9 @@ def _exists(name: str) -> None:
     """Raise UserError for the path of a folder that is not there: it would be looked for on the hub instead."""
     folder = Path(name).expanduser()
     if not folder.exists() and (
-        name.startswith(("./", "../", "/", "~")) or folder.parts[:1] in (("runs",), ("merged",))
+        name.startswith(("./", "../", "/", "~"))
+        or folder.parts[:1] in (("runs",), ("merged",))
+        or (len(folder.parts) > 1 and folder.parent.is_dir())
     ):
         beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
         near = difflib.get_close_matches(folder.name, beside, 1)

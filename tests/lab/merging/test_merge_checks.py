@@ -161,11 +161,12 @@ def test_settings_that_change_what_weights_mean_are_a_warning(change, says, fami
     assert says in warning
 
 
-def test_a_mistyped_run_is_answered_with_the_one_beside_it(recipe, tmp_path, monkeypatch):
-    (tmp_path / "runs" / "extract").mkdir(parents=True)
+@pytest.mark.parametrize("folder", ["runs", "models"])
+def test_a_mistyped_run_is_answered_with_the_one_beside_it(recipe, tmp_path, monkeypatch, folder):
+    (tmp_path / folder / "extract").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"There is no folder runs/exract; did you mean runs/extract\?"):
-        merging.plan(recipe("ties", {"weight": 1}) | {"base_model": "runs/exract"})
+    with pytest.raises(UserError, match=rf"There is no folder {folder}/exract; did you mean {folder}/extract\?"):
+        merging.plan(recipe("ties", {"weight": 1}) | {"base_model": f"{folder}/exract"})
 
 
 def sliced(family, *ranges):
