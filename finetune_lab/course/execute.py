@@ -4,6 +4,7 @@ nbclient does the work. This module adds the settings that make a run quiet and 
 outputs. A cell timeout is always set: matplotlib with widgets has hung a kernel before.
 """
 
+import atexit
 import logging
 import os
 import re
@@ -15,6 +16,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+from finetune_lab.errors import UserError
 
 MAX_BYTES = 300_000
 QUIET = {
@@ -44,6 +47,9 @@ def run(
     Returns:
         seconds, and why the run broke off (a dead kernel, a cell over `timeout` seconds; None: it did not).
         Errors that cells raised are in the notebook's outputs: `failures` lists them.
+
+    Raises:
+        UserError: the kernel did not start.
     """
     client = NotebookClient(
         notebook,
@@ -67,7 +73,13 @@ def run(
         broke = f"a cell ran longer than {timeout:.0f} s"
     except DeadKernelError:
         broke = "the kernel died (out of memory?)"
-    except Exception:
+    except Exception as error:
+        if "Kernel didn't respond" in str(error):
+            atexit.unregister(client._cleanup_kernel)  # nbclient 0.11 did it, and would trip over that at exit
+            raise UserError(
+                f"the notebook's kernel did not answer in {client.startup_timeout} seconds: this machine is very busy, or a "
+                "firewall closes its own address 127.0.0.1. Mend that and run it again."
+            ) from None
         if not _interrupted(client):
             raise
     if _interrupted(client):

@@ -1,6 +1,7 @@
 """The builder and the runner with a real kernel: few tests, because a kernel costs seconds."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,3 +68,19 @@ def test_ctrl_c_stops_a_run_with_one_line_and_no_kernel_left(tmp_path):
     assert error.splitlines()[-1] == "finetune-lab: stopped." and "Traceback" not in error
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare (Linux)")
+def test_a_kernel_that_cannot_be_reached_is_one_sentence(tmp_path):
+    lesson = lessons(fixture.source_file(tmp_path))[0]
+    build.build(lesson)
+    code = (
+        "from nbclient import NotebookClient; NotebookClient.startup_timeout = 3; "
+        "from finetune_lab.cli import main; raise SystemExit(main())"
+    )
+    command = ["unshare", "--map-root-user", "--net", sys.executable, "-c", code, "run", "--root", str(tmp_path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if "unshare" in done.stderr:
+        pytest.skip("this system allows no network namespace")
+    assert done.returncode == 2 and "did not answer in 3 seconds" in done.stderr and done.stderr.count("\n") == 1
