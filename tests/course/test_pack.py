@@ -160,7 +160,7 @@ def test_install_checks_copies_and_calls_the_courses_own_tasks(packed, tmp_path)
     done = install(packed, target)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tasks install") == done.stdout.count("tasks doctor") == 1
-    assert f"cd {target}" in done.stdout
+    assert f'cd "{target}"' in done.stdout
 
 
 def test_a_second_install_leaves_the_learners_notebook_alone(packed, tmp_path):
