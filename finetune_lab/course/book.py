@@ -28,6 +28,7 @@ from finetune_lab.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 LIGHT, DARK = "default", "github-dark"  # styles of pygments with readable contrast
+WIDE = 84  # characters of code that fit beside each other on a page of full width
 _OPERATOR = re.compile(r"(<mi>(?:cos|exp|ln|log|max|min|sin|softmax)</mi>)(?=<m(?:i|n|frac|msub|msup|sub|sup)\b)")
 # "lesson 03", "lessons 05 to 07", "lessons 03 and 04"; an arXiv id YYMM.NNNNN
 _REFERENCE = re.compile(r"[Ll]essons? \d\d(?:(?:, | and | or | to )\d\d)*\b|\b[0-3]\d(?:0[1-9]|1[0-2])\.\d{5}\b")
@@ -83,6 +84,9 @@ def page(notebook: nbformat.NotebookNode, title: str, links: list[tuple[str, str
     soup = BeautifulSoup(text, "html.parser")
     for table in soup.find_all("table"):
         table.wrap(soup.new_tag("div", attrs={"class": "wide"}))
+    for block in soup.find_all("pre"):
+        if max(map(len, block.get_text().splitlines()), default=0) > WIDE:
+            block["tabindex"] = "0"  # it scrolls: reachable without a mouse
     for prose in soup.select(".jp-RenderedMarkdown"):
         for string in prose.find_all(string=_REFERENCE):
             if not string.find_parent(["a", "code", "pre", "math", "h1", "h2", "h3", "h4"]):
