@@ -63,7 +63,7 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def lab(browser, tree):
-    """JupyterLab as `python tasks.py lab` starts it, and a page of the browser that notes every complaint."""
+    """JupyterLab as `python tasks.py lab` starts it, and the browser on it."""
     home = tree.parent
     spec = importlib.util.spec_from_file_location("tasks", ROOT / "tasks.py")
     tasks = importlib.util.module_from_spec(spec)
@@ -95,6 +95,15 @@ def lab(browser, tree):
     finally:
         server.terminate()
         server.wait(30)
+
+
+@pytest.fixture(scope="session")
+def explorers(lab):
+    """The notebook of all explorers after Run All."""
+    notebook = lab.open("explorers.ipynb")
+    notebook.run_all()
+    assert notebook.errors() == []
+    return notebook
 
 
 def wait_for(port: int, server: subprocess.Popen, log: Path) -> None:

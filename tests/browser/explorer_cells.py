@@ -1,4 +1,4 @@
-"""Every explorer of the course, as its cell stands in `solutions/`, in one notebook.
+"""Every explorer of the course and the drills, as their cells stand in `solutions/`, in one notebook.
 
 `BEFORE` gives the names that a cell takes from earlier cells of its lesson, with a small stand-in for what the lesson trains.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[2]
+DRILLS = re.compile(r"^Drills\(minutes", re.MULTILINE)
 EXPLORER = re.compile(r"^(Explorer\(|decision\.chooser\(\))", re.MULTILINE)
 BEFORE = {
     "01": """
@@ -58,22 +59,24 @@ from finetune_lab.course import decision
 }
 
 
-def cells() -> dict[str, nbformat.NotebookNode]:
-    """Lesson number -> its explorer cell, with the outputs of the executed solution."""
+def cells(wanted: re.Pattern) -> dict[str, nbformat.NotebookNode]:
+    """Lesson number -> its cell that is wanted, with the outputs of the executed solution."""
     found = {}
     for path in sorted((ROOT / "solutions").glob("*.ipynb")):
         for cell in nbformat.read(path, as_version=4).cells:
-            if cell.cell_type == "code" and EXPLORER.search(cell.source):
+            if cell.cell_type == "code" and wanted.search(cell.source):
                 found[path.name[:2]] = cell
     return found
 
 
-CELLS = cells()
+CELLS = cells(EXPLORER)
+(DRILL,) = cells(DRILLS).values()
 
 
 def write(path: Path) -> None:
-    """The notebook: two cells a lesson, what the explorer needs and the explorer."""
+    """The notebook: two cells a lesson, what the explorer needs and the explorer; then the drills."""
     code = [part for lesson, cell in CELLS.items() for part in (BEFORE.get(lesson, "pass"), cell.source)]
+    code += ["from finetune_lab.course.drills.widget import Drills", DRILL.source]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source.strip()) for source in code])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
     nbformat.write(notebook, path)

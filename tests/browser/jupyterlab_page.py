@@ -3,54 +3,62 @@
 import os
 from pathlib import Path
 
-SCREENSHOTS = Path(
-    os.environ.get("FINETUNE_LAB_SCREENSHOTS") or Path(__file__).resolve().parents[2] / "build/screenshots"
-)
+ROOT = Path(__file__).resolve().parents[2]
+SCREENSHOTS = Path(os.environ.get("FINETUNE_LAB_SCREENSHOTS") or ROOT / "build" / "screenshots")
 PATIENCE = 120_000  # milliseconds: a busy machine
 ERROR = '[data-mime-type="application/vnd.jupyter.error"]'
 
 
 class Lab:
-    """`complaints`: what the page or its console called an error. `outside`: addresses beyond this machine it wanted."""
+    """A JupyterLab and a browser on it. `outside`: addresses beyond this machine that a page wanted."""
 
     def __init__(self, browser, url: str, token: str, tree: Path, environment: dict[str, str]):
-        self.url, self.tree, self.environment = url, tree, environment
-        self.complaints, self.outside = [], []
+        self.url, self.tree, self.environment, self.outside = url, tree, environment, []
         self.context = browser.new_context(viewport={"width": 1200, "height": 1300})
         self.context.set_default_timeout(PATIENCE)
         self.context.on("request", self._asked)
-        self.page = self.new_page()
-        self.page.goto(f"{url}/?token={token}")
-
-    def new_page(self):
-        page = self.context.new_page()
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
-        return page
+        self.context.new_page().goto(f"{url}/?token={token}")  # from here on a cookie will do
 
     def _asked(self, request) -> None:
-        if not request.url.startswith((self.url, self.url.replace("http", "ws", 1), "data:", "blob:", "file:")):
+        if not request.url.startswith((self.url, self.url.replace("http", "ws", 1), "data:", "blob:")):
             self.outside.append(request.url)
 
-    def open(self, path: str) -> None:
-        """Open a notebook of the tree alone in the page, and wait until its kernel can be asked."""
-        self.page.goto(f"{self.url}/lab/workspaces/{Path(path).stem}/tree/{path}")
-        self.ready()
+    def open(self, path: str = "") -> "Notebook":
+        """A page of its own with a notebook of the tree, and a kernel that can be asked. Without path: what opens."""
+        address = f"lab/workspaces/{Path(path).stem}/tree/{path}" if path else ""
+        return Notebook(self.context.new_page(), f"{self.url}/{address}")
 
-    def ready(self) -> None:
-        self.page.wait_for_selector(".jp-Notebook")
+
+class Notebook:
+    """One notebook. `complaints`: what its page or the console called an error."""
+
+    def __init__(self, page, address: str):
+        self.page, self.complaints = page, []
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
+        page.goto(address)
+        page.wait_for_selector(".jp-Notebook")
         # before the kernel is idle, Run All is dropped without a word
-        self.page.wait_for_function("document.body.innerText.includes('Python 3 (ipykernel) | Idle')")
+        page.wait_for_function("document.body.innerText.includes('Python 3 (ipykernel) | Idle')")
 
     def run_all(self) -> None:
         """Run All Cells, and wait until the last one has run, or one has failed."""
-        self.page.click("text=Run >> nth=0")
-        self.page.click("text=Run All Cells >> nth=0")
+        self.menu("Run", "Run All Cells")
         self.page.wait_for_function(
             "error => document.querySelector(error) ||"
             " [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every(e => /\\d/.test(e.innerText))",
             arg=ERROR,
         )
+
+    def menu(self, *path: str) -> None:
+        """Choose from the menus at the top."""
+        self.page.locator(".lm-MenuBar-itemLabel", has_text=path[0]).first.click()
+        for name in path[1:]:
+            self.page.locator(".lm-Menu-itemLabel").get_by_text(name, exact=True).click()
+
+    def cell(self, number: int):
+        """A code cell, counted from 0; `cell(-1)` is the last."""
+        return self.page.locator(".jp-CodeCell").nth(number)
 
     def errors(self) -> list[str]:
         return self.page.locator(ERROR).all_inner_texts()

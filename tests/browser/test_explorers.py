@@ -34,15 +34,6 @@ FOCUS = """e => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def explorers(lab):
-    """The notebook of all explorers after Run All."""
-    lab.open("explorers.ipynb")
-    lab.run_all()
-    assert lab.errors() == []
-    return lab
-
-
 def walk(page, cell, explorer, controls: int) -> dict[int, float]:
     """From the cell on with Tab, through all controls: one step with each. Control -> seconds until the answer."""
     cell.focus()
@@ -79,7 +70,7 @@ def test_the_explorers_are_found():
 
 @pytest.mark.parametrize("lesson", CELLS)
 def test_by_keyboard_alone_each_control_changes_what_is_shown_within_half_a_second(explorers, lesson):
-    cell = explorers.page.locator(".jp-CodeCell").nth(cell_of(lesson))
+    cell = explorers.cell(cell_of(lesson))
     explorer = cell.locator(".widget-vbox")
     explorer.wait_for()
     controls = explorer.evaluate("e => e.children.length") - 2  # the view and the status stand below

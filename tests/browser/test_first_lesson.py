@@ -12,33 +12,30 @@ TO_DO = "raise NotImplementedError"
 
 @pytest.fixture(scope="module")
 def lesson(lab):
-    """Lesson 00, as `tasks.py lab` opens it, after Run All."""
-    lab.page.goto(lab.url)
-    lab.ready()
-    lab.opened = lab.page.url
-    lab.keep("lesson-00-opened")
-    lab.run_all()
-    lab.keep("lesson-00-ran")
-    return lab
+    """What opens when JupyterLab has started, after Run All."""
+    lesson = lab.open()
+    lesson.address = lesson.page.url
+    lesson.keep("lesson-00-opened")
+    lesson.run_all()
+    lesson.keep("lesson-00-ran")
+    return lesson
 
 
 @pytest.fixture(scope="module")
 def answers(lesson):
     """The verdicts of exercise 0.1: as it came, with a wrong line, with a right one."""
-    cell = lesson.page.locator(".jp-CodeCell", has_text=TO_DO)
-    number = cell.evaluate("e => [...document.querySelectorAll('.jp-CodeCell')].indexOf(e)")
-    cell, verdicts, here = lesson.page.locator(".jp-CodeCell").nth(number), [], TO_DO
-    verdicts.append(cell.locator(".jp-OutputArea").inner_text())
+    texts = lesson.page.locator(".jp-CodeCell").all_inner_texts()
+    cell = lesson.cell(next(n for n, text in enumerate(texts) if TO_DO in text))
+    prompt, output = cell.locator(".jp-InputPrompt"), cell.locator(".jp-OutputArea")
+    verdicts, here = [output.inner_text()], TO_DO
     for line in (WRONG, RIGHT):
         replace_line(lesson.page, cell, here, line)
-        here = line
-        before = cell.locator(".jp-InputPrompt").inner_text()
+        before, here = prompt.inner_text(), line
         lesson.page.keyboard.press("Shift+Enter")
         lesson.page.wait_for_function(
-            "([e, before]) => e.innerText !== before && /\\d/.test(e.innerText)",
-            arg=[cell.locator(".jp-InputPrompt").element_handle(), before],
+            "([e, before]) => e.innerText !== before && /\\d/.test(e.innerText)", arg=[prompt.element_handle(), before]
         )
-        verdicts.append(cell.locator(".jp-OutputArea").inner_text())
+        verdicts.append(output.inner_text())
         lesson.keep(f"exercise-{len(verdicts) - 1}", cell)
     return verdicts
 
@@ -52,7 +49,7 @@ def replace_line(page, cell, old: str, new: str) -> None:
 
 
 def test_jupyterlab_opens_the_first_lesson_and_asks_nothing(lesson):
-    assert lesson.opened.endswith("/lab/tree/notebooks/00_start_here.ipynb")
+    assert lesson.address.endswith("/lab/tree/notebooks/00_start_here.ipynb")
     assert lesson.page.locator("h1", has_text="Start here").is_visible()
     assert lesson.page.locator(".jp-Dialog, .Toastify__toast").count() == 0
 
@@ -78,9 +75,9 @@ def test_a_right_answer_gets_its_ok(answers):
     assert "[ok]" in answers[2] and "[x]" not in answers[2]
 
 
-def test_status_shows_the_exercise_as_done(lesson, answers):
+def test_status_shows_the_exercise_as_done(lab, answers):
     command = [sys.executable, "-m", "finetune_lab", "status"]
-    shown = subprocess.run(command, env=lesson.environment, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(command, env=lab.environment, capture_output=True, text=True, check=True).stdout
     assert shown.startswith("00_start_here: 1 of 1 exercises\n  [ok] 00.1 exact match")
 
 
@@ -88,5 +85,5 @@ def test_the_page_had_nothing_to_complain_about(lesson):
     assert lesson.complaints == []
 
 
-def test_nothing_outside_this_machine_was_asked_for(lesson):
-    assert lesson.outside == []
+def test_no_page_of_jupyterlab_asked_for_anything_outside_this_machine(lab, lesson):
+    assert lab.outside == []
