@@ -136,16 +136,6 @@ def test_requirement_lines_are_read(line, parsed):
     assert versions.parse(line) == parsed
 
 
-def test_the_readme_lists_the_lessons_of_the_course():
-    lessons = yaml.safe_load((ROOT / "finetune_lab/course/topics.yml").read_text(encoding="utf-8"))["lessons"]
-    rows = re.findall(
-        r"^\| (\d\d) \| (.+?) \| (.+?) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
-    )
-    assert {number: title for number, title, _ in rows} == lessons
-    written = {number for number, _, state in rows if state != "planned"}
-    assert written == {path.stem[:2] for path in LESSONS}
-
-
 def test_the_readme_links_to_files_that_exist():
     links = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(links) >= 4
