@@ -15,7 +15,7 @@ from finetune_lab.course import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-PAGES = ["CONTRIBUTING.md", "CHANGELOG.md", "docs/places.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/commands.md", "docs/instructor.md", "docs/places.md"]
 FILES = [*PAGES, "CITATION.cff", "Dockerfile", ".dockerignore", ".devcontainer/devcontainer.json", "binder/postBuild",
          ".pre-commit-config.yaml", "environment.yml"]  # fmt: skip
 
@@ -76,7 +76,7 @@ def test_every_place_says_what_was_run_and_what_was_not():
 @pytest.mark.parametrize("page", PAGES)
 def test_links_of_a_page_lead_somewhere(page):
     text, folder = read(page), (ROOT / page).parent
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+    for target in re.findall(r"(?:\]\(|src=\")(?!http)([^)\"]+)[)\"]", text):
         file, _, place = target.partition("#")
         assert not file or (folder / file).exists(), target
         headings = {
