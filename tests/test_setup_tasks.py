@@ -307,19 +307,36 @@ def test_make_only_calls_tasks():
         assert command == f"$(PYTHON) tasks.py {wanted}"
 
 
+def ci(tmp_path, *there, code=0):
+    """.ci/run with a python that ends with `code`, on a system that has only these programs."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("dirname", "mktemp", "rm"):
+        (programs / name).symlink_to(shutil.which(name))
+    for name in ("python", *there):
+        (programs / name).write_text(f'#!/bin/sh\necho "$* $FINETUNE_LAB_BROWSER $FINETUNE_LAB_VENV"\nexit {code}\n')
+        (programs / name).chmod(0o755)
+    env = {"PATH": str(programs), "PYTHON": "python", "TMPDIR": str(tmp_path)}
+    command = [shutil.which("bash"), ROOT / ".ci/run"]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.skipif(not shutil.which("bash"), reason="CI runs on a system with bash")
 @pytest.mark.parametrize("code", [0, 3])
 def test_ci_ends_as_the_tests_end(tmp_path, code):
-    fake = tmp_path / "python"
-    fake.write_text(f'#!/bin/sh\necho "$* $FINETUNE_LAB_VENV"\nexit {code}\n')
-    fake.chmod(0o755)
-    env = {**os.environ, "PYTHON": str(fake), "TMPDIR": str(tmp_path)}
-    done = subprocess.run(["bash", ROOT / ".ci/run"], env=env, capture_output=True, text=True, check=False)
+    done = ci(tmp_path, "chromium", code=code)
     assert done.returncode == code
-    assert done.stdout.startswith("tasks.py test ")
+    assert done.stdout.startswith("tasks.py test required ")
     venv = Path(done.stdout.split()[-1])
     assert venv.is_relative_to(tmp_path), "CI must not use the developer's environment"
     assert not venv.parent.exists(), "CI must clean up"
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="CI runs on a system with bash")
+def test_ci_without_a_browser_is_a_failure_with_one_sentence(tmp_path):
+    done = ci(tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "need Chromium" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_every_data_file_of_the_package_is_packed():
