@@ -1,8 +1,8 @@
 """`finetune-lab slides NN`: an executed lesson as slides, made from its own cells by nbconvert (reveal.js).
 
-One file of HTML that works from a disk and without a network: reveal.js 5.2.0 (MIT) and its style lie in
-`assets/slides` and are written into the page, formulas are MathML, pictures are inside. nbconvert alone would load
-reveal.js, MathJax and three more scripts from other sites.
+One file of HTML that works from a disk and without a network: reveal.js and its style (from the package pyreveal, which
+carries them) are written into the page, formulas are MathML, pictures are inside. nbconvert alone would load reveal.js,
+MathJax and three more scripts from other sites.
 
 A second-level heading begins a slide (to the right), a third-level one or a full slide the next one below it. What
 a learner has to write is first shown blank, and its solution with the outputs on the slide below: stop there.
@@ -16,6 +16,7 @@ import base64
 import math
 import re
 import struct
+from importlib import resources
 from pathlib import Path
 
 import nbformat
@@ -175,9 +176,9 @@ def page(lesson: Lesson) -> tuple[str, int]:
     about = notebook.metadata["finetune_lab"]
     arranged = arrange(notebook, lesson.source.name)
     count = sum(cell.metadata["slideshow"]["slide_type"] != "-" for cell in arranged.cells)
-    folder = ASSETS / "slides"
-    style = "\n".join((folder / name).read_text(encoding="utf-8") for name in ("reveal.css", "style.css"))
-    script = (folder / "reveal.js").read_text(encoding="utf-8").split("//# sourceMappingURL")[0]
+    reveal = resources.files("pyreveal") / "revealjs" / "dist"
+    style = "\n".join(file.read_text(encoding="utf-8") for file in (reveal / "reveal.css", ASSETS / "slides/style.css"))
+    script = (reveal / "reveal.js").read_text(encoding="utf-8")
     text, _ = Exporter().from_notebook_node(
         arranged,
         {
