@@ -17,7 +17,7 @@ class Lab:
         self.context = browser.new_context(viewport={"width": 1200, "height": 1300})
         self.context.set_default_timeout(PATIENCE)
         self.context.on("request", self._asked)
-        self.context.new_page().goto(f"{url}/?token={token}")  # from here on a cookie will do
+        self.context.request.get(f"{url}/api/status?token={token}")  # from here on a cookie will do
 
     def _asked(self, request) -> None:
         if not request.url.startswith((self.url, self.url.replace("http", "ws", 1), "data:", "blob:")):

@@ -36,7 +36,7 @@ def test_a_web_page_shows_the_picture_or_table_and_the_text(web_page, lesson):
     if pictures.count():
         assert pictures.last.evaluate("e => e.naturalWidth > 300 && e.alt.length > 40")
     else:
-        assert output.locator("table").count()
+        assert "●" in output.inner_text()  # the table of tokens
 
 
 def test_a_solution_that_was_only_opened_shows_its_still(lab):
