@@ -29,6 +29,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "lab" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.timeout(900))  # with its fixtures, on a machine that has other work too
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOTS = Path(os.environ.get("FINETUNE_LAB_SCREENSHOTS") or ROOT / "build" / "screenshots")
-PATIENCE = 120_000  # milliseconds: a busy machine
+PATIENCE = 300_000  # milliseconds, for whatever only a busy machine makes slow
 ERROR = '[data-mime-type="application/vnd.jupyter.error"]'
 
 
