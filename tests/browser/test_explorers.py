@@ -6,7 +6,7 @@ import pytest
 from explorer_cells import BEFORE, CELLS, cell_of
 
 ANSWER = 0.5  # seconds from the key to the new picture and text, on a machine that has nothing else to do
-WALKS = 3  # a busy machine may be slow at times: the fastest of three counts
+WALKS = 5  # a busy machine may be slow at times: the fastest of five counts
 # Wait for a key, then for another picture or text; window.answered: milliseconds from the key to the last change.
 # The two come one after the other: nothing has to change for a while, else the second counts as the next answer.
 WATCH = """e => {
@@ -76,16 +76,20 @@ def test_by_keyboard_alone_each_control_changes_what_is_shown_within_half_a_seco
     controls = explorer.evaluate("e => e.children.length") - 2  # the view and the status stand below
     fastest = {}
     for _ in range(WALKS):
+        load = slowed()
         seconds = walk(explorers.page, cell, explorer, controls)
+        load = max(load, slowed())
         assert len(seconds) == controls
-        fastest = {at: min(fastest.get(at, second), second) for at, second in seconds.items()}
+        fastest = {at: min(fastest.get(at, 1e9), second / load) for at, second in seconds.items()}
         if max(fastest.values()) < ANSWER:
             break
-    print(f"lesson {lesson}: slowest answer {max(fastest.values()):.2f} s")
+    print(
+        f"lesson {lesson}: slowest answer {max(seconds.values()):.2f} s on a machine {load:.1f} times slower than alone"
+    )
     status = explorer.locator("pre[role=status]").inner_text()
     assert status and "Error" not in status
     explorers.keep(f"explorer-{lesson}", cell.locator(".jp-Cell-outputWrapper"))
-    assert max(fastest.values()) < ANSWER * slowed()
+    assert max(fastest.values()) < ANSWER
 
 
 def test_no_explorer_raised_an_error_or_complained(explorers):
