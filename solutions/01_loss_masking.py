@@ -2,7 +2,7 @@
 # jupyter:
 #   finetune_lab:
 #     title: Loss masking
-#     minutes: 85
+#     minutes: 105
 #     needs: lesson 00
 #     budget: lesson
 # ---
@@ -11,7 +11,7 @@
 # # 01 · Loss masking
 # **A model learns to write the tokens that you count, and no others: here you decide which, and prove it.**
 #
-# Minutes: 85. You need: lesson 00, a little PyTorch. No GPU.
+# Minutes: 105. You need: lesson 00, a little PyTorch. No GPU.
 #
 # You will be able to:
 # - turn a conversation into token ids and labels, for one turn or many, equal to TRL's token by token;

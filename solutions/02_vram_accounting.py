@@ -2,7 +2,7 @@
 # jupyter:
 #   finetune_lab:
 #     title: VRAM accounting
-#     minutes: 90
+#     minutes: 100
 #     needs: lesson 00
 #     budget: lesson
 # ---
@@ -11,7 +11,7 @@
 # # 02 · VRAM accounting
 # **"Will it fit?" has an exact answer: here you count every byte of a training step, and then make it fit.**
 #
-# Minutes: 90. You need: lesson 00, a little PyTorch. No GPU: bytes are the same on a CPU, and there the allocator tells all.
+# Minutes: 100. You need: lesson 00, a little PyTorch. No GPU: bytes are the same on a CPU, and there the allocator tells all.
 #
 # You will be able to:
 # - say what a parameter costs, byte by byte, and which regime a printed total belongs to;

@@ -2,7 +2,7 @@
 # jupyter:
 #   finetune_lab:
 #     title: NF4 and QLoRA
-#     minutes: 85
+#     minutes: 95
 #     needs: lesson 03
 #     budget: lesson
 # ---
@@ -11,7 +11,7 @@
 # # 04 · NF4 and QLoRA
 # **You store a frozen model in a quarter of its bytes, train adapters on top, and merge them without losing them.**
 #
-# Minutes: 85. You need: lesson 03 (LoRA), a little PyTorch. No GPU.
+# Minutes: 95. You need: lesson 03 (LoRA), a little PyTorch. No GPU.
 #
 # You will be able to:
 # - derive the sixteen levels of NF4, and quantise a tensor with them bit for bit as bitsandbytes does;

@@ -2,7 +2,7 @@
 # jupyter:
 #   finetune_lab:
 #     title: DPO and its family
-#     minutes: 110
+#     minutes: 100
 #     needs: lessons 01 and 03
 #     budget: lesson
 # ---
@@ -11,7 +11,7 @@
 # # 06 · DPO and its family
 # **From "this answer is better than that one" to a loss of one line: derived, trained, and its side effects measured.**
 #
-# Minutes: 110. You need: lessons 01 and 03. No GPU.
+# Minutes: 100. You need: lessons 01 and 03. No GPU.
 #
 # You will be able to:
 # - derive the DPO loss from the objective of RLHF, and check each step with a number;
