@@ -366,7 +366,8 @@ def draw(shape: str, steps: int, warmup: float):
     )
     figure.axes[0].set_ylim(0, 1.05)
     figure.set_size_inches(5.2, 2.4)
-    return figure, f"highest share {max(shares):.2f}, mean share {sum(shares) / steps:.2f}, first step {shares[0]:.2f}"
+    mean = sum(shares) / steps
+    return figure, f"{steps} steps: highest share {max(shares):.2f}, mean {mean:.2f}, first step {shares[0]:.2f}"
 
 
 Explorer(draw, alt="Share of the peak rate along the run.", shape=Dropdown(options=list(SHAPES)),
