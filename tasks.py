@@ -6,7 +6,7 @@ Standard library only; works on Linux, macOS and Windows. The Makefile and CI on
 Everything goes into the folder .venv beside this file (FINETUNE_LAB_VENV names another one). An install that was
 broken off is thrown away and done again; an install that is complete and up to date is left alone.
 With `--here`, install nothing and use the Python that runs this file: for conda and for your own environments.
-FINETUNE_LAB_TORCH_INDEX: the package index to take torch from (README, "CPU-only and CUDA").
+FINETUNE_LAB_TORCH_INDEX: the package index to take torch from (docs/places.md, "CPU-only and CUDA").
 """
 
 import argparse
@@ -165,11 +165,18 @@ def lab(arguments, ours):
         # As the default address and not as a file: then the address that is printed leads there too.
         command.append(f"--LabApp.default_url=/lab/tree/{FIRST.relative_to(ROOT).as_posix()}")
     say("starting JupyterLab; its address with the token follows. Stop it with Ctrl-C.")
+    if ours:
+        say("finetune-lab commands: in a terminal of JupyterLab, or in yours after " + activation())
     say("$ " + " ".join(["jupyter lab", *command[3:], *arguments]))
     os.chdir(ROOT)
     if os.name == "nt":
         sys.exit(subprocess.call(command + arguments, env=environment()))
     os.execve(command[0], command + arguments, environment())
+
+
+def activation():
+    folder = os.path.relpath(PYTHON.parent, ROOT) if PYTHON.is_relative_to(ROOT) else PYTHON.parent
+    return str(Path(folder, "activate")) if os.name == "nt" else f". {folder}/activate"
 
 
 # ---- test ---------------------------------------------------------------------------------------------------------

@@ -198,6 +198,17 @@ def test_lab_asks_doctor_then_opens_the_first_lesson(tasks, monkeypatch):
     assert settings["@jupyterlab/apputils-extension:notification"]["fetchNews"] == "false"
 
 
+def test_lab_says_where_the_commands_are(tasks, monkeypatch, capsys):
+    """In the terminal where `make lab` was typed, `finetune-lab` is not found."""
+    monkeypatch.setattr(tasks.os, "execve", lambda *_: None)
+    monkeypatch.chdir(tasks.ROOT)
+    tasks.FIRST = tasks.ROOT / "00.ipynb"
+    tasks.lab([], ours=True)
+    folder = Path(tasks.PYTHON).parent.relative_to(tasks.ROOT).as_posix()
+    wanted = f"or in yours after . {folder}/activate" if os.name != "nt" else "activate"
+    assert wanted in capsys.readouterr().out
+
+
 def test_lab_stops_where_doctor_finds_a_block(tasks):
     tasks.answer = 1
     with pytest.raises(SystemExit, match="must be fixed"):

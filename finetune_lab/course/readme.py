@@ -35,9 +35,9 @@ def machine_time(model: str) -> dict[str, float]:
 
 
 def spoken(seconds: float | None) -> str:
-    """`39 s`, `16 min`; empty for a lesson that was not run."""
+    """`39 s`, `16 min`; a dash for a lesson that was not recorded."""
     if seconds is None:
-        return ""
+        return "–"
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
@@ -82,7 +82,7 @@ def tier_table(root: Path) -> str:
         missing = [one.number for one in lessons(root) if one.name not in times]
         span = f"{spoken(min(times.values()))} to {spoken(max(times.values()))} a lesson"
         return f"{span}, {sum(times.values()) / 60:.0f} min in all" + (
-            f"; not run: {', '.join(missing)}" if missing else ""
+            f"; not recorded: {', '.join(missing)}" if missing else ""
         )
 
     return f"""\
@@ -90,8 +90,8 @@ def tier_table(root: Path) -> str:
 |---|---|---|---|
 | `tiny` (default) | a small Llama of 2.6 M parameters, pre-trained by this project on an invented world | in the package | \
 {taken("tiny")} |
-| `smollm2-135m` | SmolLM2-135M-Instruct, real English | `finetune-lab models fetch smollm2-135m` (0.6 GB) | \
-{taken("smollm2-135m")} |
+| `smollm2-135m` | SmolLM2-135M-Instruct, real English | `finetune-lab models fetch smollm2-135m`: 93 MB, 0.6 GB on disk | \
+{taken("smollm2-135m")}; 05, 06 and 07 took 11, 9 and 13 GB of memory |
 | a hub id or a folder | any causal language model in safetensors | the hub, your disk | not measured: a GPU is needed |"""
 
 

@@ -36,7 +36,8 @@ def answers(lesson):
             "([e, before]) => e.innerText !== before && /\\d/.test(e.innerText)", arg=[prompt.element_handle(), before]
         )
         verdicts.append(output.inner_text())
-        lesson.keep(f"exercise-{len(verdicts) - 1}", cell)
+        cell.scroll_into_view_if_needed()
+        lesson.keep(f"exercise-{len(verdicts) - 1}")
     return verdicts
 
 

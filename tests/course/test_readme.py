@@ -30,6 +30,6 @@ def test_a_failed_run_is_not_published(tmp_path, monkeypatch):
         readme.machine_time("tiny")
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(None, ""), (38.6, "39 s"), (706.2, "12 min")])
+@pytest.mark.parametrize(("seconds", "text"), [(None, "–"), (38.6, "39 s"), (706.2, "12 min")])
 def test_seconds_are_told_as_people_say_them(seconds, text):
     assert readme.spoken(seconds) == text
