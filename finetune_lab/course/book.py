@@ -166,7 +166,11 @@ def style() -> str:
 def write(chosen: list[Lesson], folder: Path) -> list[Path]:
     """Write the pages of these lessons, `index.html` and `style.css` into `folder`; nothing else there is touched.
 
-    All lessons are read before the first file is written.
+    All lessons are read before the first file is written, and that file, the style sheet, is written before the slow
+    part, so that a folder that cannot be written is told at once.
+
+    Raises:
+        UserError: a lesson was not executed, or the folder cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; the book needs a folder.")
@@ -177,15 +181,23 @@ def write(chosen: list[Lesson], folder: Path) -> list[Path]:
     }
     every = {name[:2]: f"{name}.html" for name in notebooks}
     names = list(notebooks)
-    texts = {"style.css": style(), "index.html": page(index(notebooks), "finetune-lab", [], every)}
+    _save(folder / "style.css", style())
+    texts = {"index.html": page(index(notebooks), "finetune-lab", [], every)}
     for i, (name, notebook) in enumerate(notebooks.items()):
         links = [("All lessons", "index.html")]
         links += [(f"← {titles[names[i - 1]]}", f"{names[i - 1]}.html")] if i else []
         links += [(f"{titles[names[i + 1]]} →", f"{names[i + 1]}.html")] if i + 1 < len(names) else []
         texts[f"{name}.html"] = page(notebook, f"{titles[name]} · finetune-lab", links, every)
     for name, text in texts.items():
-        write_atomic(folder / name, text)
-    return [folder / name for name in texts]
+        _save(folder / name, text)
+    return [folder / name for name in ("style.css", *texts)]
+
+
+def _save(path: Path, text: str) -> None:
+    try:
+        write_atomic(path, text)
+    except OSError as error:
+        raise UserError(f"cannot write into {path.parent}: {error.strerror or error}.") from None
 
 
 def _command(args: argparse.Namespace) -> None:

@@ -127,6 +127,14 @@ def test_a_file_in_the_folders_place_is_refused(tmp_path, capsys):
     assert "is a file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["file/book", "file/below/book"])
+def test_a_folder_that_cannot_be_written_is_told_before_the_pages_are_drawn(place, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(book, "page", lambda *_: pytest.fail("drew a page"))
+    with pytest.raises(UserError, match=f"cannot write into {re.escape(str(tmp_path / place))}: "):
+        book.write([], tmp_path / place)
+
+
 @pytest.mark.parametrize("scheme, paper", [("light", "rgb(255, 255, 255)"), ("dark", "rgb(22, 24, 27)")])
 @pytest.mark.parametrize("width", [390, 1200])
 def test_no_page_is_wider_than_the_screen_and_the_colours_are_the_readers(browser, folder, scheme, paper, width):
