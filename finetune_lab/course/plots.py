@@ -152,8 +152,10 @@ class LiveCurve:
         with plots.LiveCurve("Loss falls", y="loss (nats)", alt="The training loss.") as curve:
             train.sft(model, tokenizer, items, steps=60, on_step=curve)
 
-    Called as `curve(step, value)` (more arguments are ignored). It draws at most twice a second; at the end it draws
-    once more and adds first and last value to `alt`. With FINETUNE_LAB_LIVE=0 it draws only at the end.
+    Called as `curve(step, value)` (more arguments are ignored). It draws at most twice a second, and on a slow
+    machine less often: it waits ten times what the last picture took, so that drawing costs at most a tenth of the
+    training. At the end it draws once more and adds first and last value to `alt`. With FINETUNE_LAB_LIVE=0 it draws
+    only at the end.
     """
 
     def __init__(self, title: str, y: str = "loss (nats)", alt: str = "", every: float = 0.5):
@@ -161,7 +163,7 @@ class LiveCurve:
         self.steps: list[float] = []
         self.values: list[float] = []
         self._live = os.environ.get("FINETUNE_LAB_LIVE", "1") != "0"
-        self._handle, self._drawn = None, 0.0
+        self._handle, self._drawn, self._pause = None, 0.0, every
 
     def __enter__(self) -> Self:
         return self
@@ -169,7 +171,7 @@ class LiveCurve:
     def __call__(self, step, value, *_, **__) -> None:
         self.steps.append(float(step))
         self.values.append(float(value))
-        if self._live and time.monotonic() - self._drawn >= self.every:
+        if self._live and time.monotonic() - self._drawn >= self._pause:
             self._draw()
 
     def __exit__(self, *_) -> None:
@@ -179,6 +181,7 @@ class LiveCurve:
     def _draw(self) -> None:
         from IPython.display import display
 
+        start = time.monotonic()
         figure = line(self.steps, self.values, self.title, "step", self.y)
         alt = f"{self.alt} From {self.values[0]:.3g} to {self.values[-1]:.3g} in {self.steps[-1]:.0f} steps."
         data, metadata = bundle(figure, alt)
@@ -188,3 +191,4 @@ class LiveCurve:
         else:
             self._handle.update(data, metadata=metadata, raw=True)
         self._drawn = time.monotonic()
+        self._pause = max(self.every, 10 * (self._drawn - start))

@@ -1,5 +1,6 @@
 import base64
 import io
+from types import SimpleNamespace
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -100,6 +101,27 @@ def test_a_live_curve_leaves_one_picture_with_first_and_last_value_in_its_alt(li
     assert len(shown) == 1
     assert shown[0][1]["image/png"]["alt"] == "The loss. From 3 to 1 in 3 steps."
     assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize(("draw", "pictures"), [(0.02, 10), (0.13, 4), (1.0, 1)])
+def test_a_live_curve_waits_ten_times_what_a_picture_takes(draw, pictures, shown, monkeypatch):
+    """Steps of 0.1 s for 5 s of training: two pictures a second where drawing is cheap, fewer where it is slow."""
+    now, drawn = [100.0], []
+
+    def slow_bundle(figure, alt):
+        now[0] += draw
+        drawn.append(now[0])
+        return {}, {}
+
+    monkeypatch.setenv("FINETUNE_LAB_LIVE", "1")
+    monkeypatch.setattr(plots, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(plots, "bundle", slow_bundle)
+    curve = plots.LiveCurve("Loss falls")
+    for step in range(50):
+        now[0] += 0.1
+        curve(step, 1.0)
+    assert abs(len(drawn) - pictures) <= 1
+    plt.close("all")
 
 
 def test_a_page_made_with_nbconvert_has_the_alternative_text():
