@@ -191,21 +191,30 @@ def test_the_probe_judges_the_model_setting_without_asking_the_hub(monkeypatch, 
     assert probe.setting(models) == {"name": "owner/name"}
 
 
-def test_minutes_come_only_from_recorded_runs(machine, monkeypatch, tmp_path, capsys):
+def test_times_come_only_from_recorded_runs(machine, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(doctor, "EVIDENCE", tmp_path)
-    assert doctor.recorded_minutes("tiny") == {}
+    assert doctor.recorded_run("tiny") is None
     cli.main(["doctor"])
-    assert "minutes not recorded yet" in capsys.readouterr().out
+    assert "no run of the lessons is recorded" in capsys.readouterr().out
     rows = [
         {"lesson": "01_loss_masking", "seconds": 90.0, "failures": 0},
         {"lesson": "02_broken", "seconds": 5.0, "failures": 1},
+        {"lesson": "16_interview_drills", "seconds": 1.6, "failures": 0},
     ]
     run = {"model": "tiny", "rows": rows, "machine": {"cpu": "Zen", "cores": 2}}
     (tmp_path / "run_tiny.json").write_text(json.dumps(run))
-    assert doctor.recorded_minutes("tiny") == {"01 (Zen, 2 cores)": 1.5}
-    assert doctor.recorded_minutes("smollm2-135m") == {}
+    assert doctor.recorded_run("tiny") == {"cpu": "Zen", "cores": 2, "seconds": {"01": 90.0, "16": 1.6}}
+    assert doctor.recorded_run("smollm2-135m") is None
     cli.main(["doctor"])
-    assert "lesson 01 (Zen, 2 cores) 1.5 min" in capsys.readouterr().out
+    assert "lessons took 2 s to 2 min (recorded on 2 cores, Zen)\n" in capsys.readouterr().out
+
+
+def test_a_tier_is_told_in_a_line_that_fits_and_names_the_recording_machine_once(machine, capsys):
+    cli.main(["doctor"])
+    tiers = capsys.readouterr().out.split("run here on:")[1]
+    assert max(map(len, tiers.splitlines())) <= 116
+    assert " ".join(tiers.split()).count("(recorded on ") == 2  # tiny and smollm2-135m
+    assert " 0.0 " not in tiers
 
 
 # ---- the probe, in a process of its own, with a torch that is really broken ---------------------------------------

@@ -203,7 +203,7 @@ def cpu_flags() -> set[str]:
 
 
 def tiers(learnt: dict) -> list[dict]:
-    """What the lessons can run on here: `{tier, runs, why, minutes}`. Minutes only where they were recorded."""
+    """What the lessons can run on here: `{tier, runs, why, recorded}`, the last from `recorded_run`."""
     models = {row["name"]: row for row in learnt.get("models", [])}
     _, free = memory()
     rows = [{"tier": "tiny", "runs": "tiny" in learnt, "why": "" if "tiny" in learnt else "see above"}]
@@ -215,22 +215,32 @@ def tiers(learnt: dict) -> list[dict]:
     card = learnt.get("gpu")
     why = "any hub model that fits: finetune-lab run 01 --model NAME" if card else "no GPU"
     rows.append({"tier": "hub models on a GPU", "runs": bool(card), "why": why})
-    return [row | {"minutes": recorded_minutes(row["tier"])} for row in rows]
+    return [row | {"recorded": recorded_run(row["tier"])} for row in rows]
 
 
-def recorded_minutes(model: str) -> dict[str, float]:
-    """lesson -> minutes of machine time, from the runs kept in finetune_lab/evidence/run_*.json.
+def recorded_run(model: str) -> dict | None:
+    """`{cpu, cores, seconds: {lesson: seconds}}` of the run that finetune_lab/evidence/run_*.json keeps of a model.
 
-    Such a file is what `finetune-lab run --json` prints, day, machine and versions included.
+    Such a file is what `finetune-lab run --json` prints, day, machine and versions included. The machine is the one
+    that recorded it, not this one. None when no run was kept.
     """
-    minutes = {}
     for path in sorted(EVIDENCE.glob("run_*.json")):
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["model"] == model:
-            good = [row for row in kept["rows"] if not row["failures"]]
-            where = f" ({kept['machine']['cpu']}, {kept['machine']['cores']} cores)"
-            minutes |= {row["lesson"][:2] + where: round(row["seconds"] / 60, 1) for row in good}
-    return minutes
+            seconds = {row["lesson"][:2]: row["seconds"] for row in kept["rows"] if not row["failures"]}
+            return {"cpu": kept["machine"]["cpu"], "cores": kept["machine"]["cores"], "seconds": seconds}
+    return None
+
+
+def _took(run: dict | None) -> str:
+    if not run or not run["seconds"]:
+        return "no run of the lessons is recorded"
+    first, last = (
+        f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+        for seconds in (min(run["seconds"].values()), max(run["seconds"].values()))
+    )
+    span = first if first == last else f"{first} to {last}"
+    return f"lessons took {span} (recorded on {run['cores']} cores, {run['cpu']})"
 
 
 # ---- command ------------------------------------------------------------------------------------------------------
@@ -255,10 +265,9 @@ def show(report: dict) -> None:
             print(textwrap.fill(row["fix"], 116, initial_indent=" " * 19 + "fix: ", subsequent_indent=" " * 24))
     print("\nThe lessons run here on:")
     for tier in report["tiers"]:
-        time = ", ".join(f"lesson {lesson} {value} min" for lesson, value in tier["minutes"].items())
-        parts = [tier["why"], (time or "minutes not recorded yet") if tier["runs"] else ""]
-        words = "; ".join(part for part in parts if part)
-        print(f"{'[ok]' if tier['runs'] else '[ ] '} {tier['tier']:<22}{words}")
+        words = "; ".join(part for part in (tier["why"], _took(tier["recorded"]) if tier["runs"] else "") if part)
+        start = f"{'[ok]' if tier['runs'] else '[ ] '} {tier['tier']:<22}"
+        print(textwrap.fill(words, 116, initial_indent=start, subsequent_indent=" " * len(start)))
     print("\nReady: open notebooks/00_start_here.ipynb." if report["ok"] else "\nNot ready: see the lines with [x].")
 
 
