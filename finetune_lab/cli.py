@@ -13,6 +13,7 @@ Bad input raises `UserError`; it is printed as one sentence, and the exit code i
 """
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
@@ -93,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in argv if not word.startswith("-")), None)
     try:
+        if command is not None and command == argv[0] and command not in COMMANDS:
+            near = difflib.get_close_matches(command, COMMANDS, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"there is no command {command!r}{meant} (see `finetune-lab --help`)")
         parser = build_parser(command)
         args, unknown = parser.parse_known_args(argv)
         if unknown:

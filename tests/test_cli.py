@@ -83,6 +83,13 @@ def test_bad_words_give_one_sentence_and_code_2(words, capsys):
     assert "--help" in shown.err
 
 
+@pytest.mark.parametrize(("word", "meant"), [("stats", "; did you mean status?"), ("xylophone", "")])
+def test_an_unknown_command_names_the_nearest_and_not_all_of_them(word, meant, capsys):
+    assert cli.main([word]) == 2
+    said = f"finetune-lab: there is no command '{word}'{meant} (see `finetune-lab --help`)\n"
+    assert capsys.readouterr().err == said
+
+
 def test_an_unknown_flag_points_to_the_command_s_own_help(capsys):
     cli.main(["doctor", "--nonsense"])
     assert capsys.readouterr().err.endswith("--nonsense (see `finetune-lab doctor --help`)\n")
