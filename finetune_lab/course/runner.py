@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 from tqdm import tqdm
 
-from finetune_lab.course import progress
+from finetune_lab.course import exercises, progress
 from finetune_lab.course.lessons import Lesson, course_root, keep_mine, lessons, select, write_atomic
 from finetune_lab.errors import UserError
 from finetune_lab.provenance import provenance
@@ -95,10 +95,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def overview(root: Path | None) -> dict:
     """What `status` prints: every lesson with its exercises (`ok`, `tried`, `not yet`), and the predictions."""
-    from finetune_lab.course import check
-
     recorded = progress.load()
-    rows = {ex.id: {"id": ex.id, "title": ex.title, "state": "not yet", "tries": 0} for ex in check.load_all().values()}
+    rows = {id: {"id": id, "title": title, "state": "not yet", "tries": 0} for id, title in exercises.titles().items()}
     for id, entry in recorded["exercises"].items():
         row = rows.setdefault(id, {"id": id, "title": entry.get("title", "")})
         row["tries"] = entry.get("tries", 0)
@@ -137,7 +135,8 @@ def _status(args: argparse.Namespace) -> int:
         said = f"you said {row.get('first')}, it was {_short(row.get('actual'))} {row.get('unit', '')}".rstrip()
         off = "right" if row.get("right") else "wrong" if row.get("error") is None else f"off by {row['error']:.4g}"
         print(f"  {row['id']}: {said}: {off}")
-    print(f"recorded in {data['file']}")
+    file = Path(data["file"])
+    print(f"recorded in {file}" if file.exists() else f"nothing is recorded yet in {file.parent}")
     return 0
 
 

@@ -1,12 +1,14 @@
 import json
 import re
+import subprocess
+import sys
 
 import lesson_fixture as fixture
 import nbformat
 import pytest
 
 from finetune_lab.cli import main
-from finetune_lab.course import build, predict, progress, runner
+from finetune_lab.course import build, exercises, predict, progress, runner
 from finetune_lab.course.lessons import lessons
 
 
@@ -90,9 +92,7 @@ def test_reset_says_what_it_did(lesson, capsys):
 
 
 def test_status_tells_ok_tried_not_yet_and_predictions(lesson, registry, capsys, monkeypatch):
-    from finetune_lab.course import check
-
-    monkeypatch.setattr(check, "lesson_modules", list)
+    monkeypatch.setattr(exercises, "titles", lambda: {one.id: one.title for one in registry.values()})
     progress.record_exercise("99.1", "ok", "hide the prompt")
     progress.record_exercise("99.2", "wrong", "a scaled layer")
     predict.number("99-p1", 4, 5.5)
@@ -106,9 +106,26 @@ def test_status_tells_ok_tried_not_yet_and_predictions(lesson, registry, capsys,
         and "[ ]  99.3" in out
     )
     assert "99-p1: you said 4, it was 5.5: off by 1.5" in out
+    assert f"recorded in {progress.path()}\n" in out
     assert main(["status", "--json", "--root", str(lesson.root)]) == 0
     states = [row["state"] for row in json.loads(capsys.readouterr().out)["lessons"][0]["exercises"]]
     assert states == ["ok", "tried", "not yet"]
+
+
+def test_status_knows_every_exercise_without_loading_one():
+    from finetune_lab.course import check
+
+    assert exercises.titles() == {one.id: one.title for one in check.load_all().values()}
+    code = "import sys; from finetune_lab.cli import main; main(['status']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("below", ["new", "file/home"])
+def test_status_does_not_claim_a_record_that_is_not_there(below, lesson, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FINETUNE_LAB_HOME", str(tmp_path / below))
+    assert main(["status", "--root", str(lesson.root)]) == 0
+    assert capsys.readouterr().out.endswith(f"nothing is recorded yet in {tmp_path / below}\n")
 
 
 @pytest.mark.parametrize("command", ["run", "status", "reset", "build", "lint"])
