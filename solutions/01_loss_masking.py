@@ -135,7 +135,8 @@ def render_chat(
     """Messages -> (ids, spans).
 
     The row starts with fmt.begin if the first message is a system message, else with fmt.begin_default.
-    encode(text) gives the ids of a text. add_generation_prompt: end with the assistant's mark.
+    The fields of fmt are tuples; encode(text) gives the ids of a text as a list.
+    add_generation_prompt: end with the assistant's mark.
     """
     unknown = {message["role"] for message in messages} - set(fmt.before)
     if unknown:

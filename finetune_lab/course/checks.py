@@ -20,7 +20,7 @@ It is then called `check.completion_labels` (the reference's name, or `name=`). 
 - a value: `reference=<the value>`, `name=`; no cases and no call; the learner's stub is `...`.
 
 A failing answer is compared with each known-wrong answer on all cases; the one that gives the same outcomes lends
-its hint. Otherwise `diagnose(case, expected, got)` may return a hint; otherwise the first failing case is described.
+its hint. So does the only one that gives the same where the answer raised no error (a second mistake). Otherwise `diagnose(case, expected, got)` may return a hint; otherwise the first failing case is described.
 
 FINETUNE_LAB_CHECK: `learn` (default) never raises, records the verdict and returns the reference for a wrong answer;
 `solved` raises CheckError unless right; `unsolved` raises unless not attempted. Only KeyboardInterrupt passes through.
@@ -239,9 +239,20 @@ def judge(ex: Exercise, answer: Any, seed: int) -> Verdict:
 def _hint(
     ex: Exercise, cases: list[Case], expected: list[Outcome], got: list[Outcome], right: list[bool], seed: int
 ) -> str:
+    partly = []
     for wrong in ex.wrong:
-        if all(_same_mistake(ex, outcome(ex, wrong.answer, one, seed), g) for one, g in zip(cases, got, strict=True)):
+        outcomes = [outcome(ex, wrong.answer, one, seed) for one in cases]
+        same = [
+            ok and _right(ex, a, w) or not ok and _same_mistake(ex, w, g)
+            for ok, a, w, g in zip(right, expected, outcomes, got, strict=True)
+        ]
+        if all(same):
             return wrong.hint
+        explains = any(s and not ok for s, ok in zip(same, right, strict=True))
+        if explains and all(s or g.error is not None for s, g in zip(same, got, strict=True)):
+            partly.append(wrong.hint)
+    if len(partly) == 1:
+        return partly[0]
     index = right.index(False)
     one, want, have = cases[index], expected[index], got[index]
     both = want.error is None and have.error is None

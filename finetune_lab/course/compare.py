@@ -7,6 +7,7 @@ by element. A list may stand for a tuple, an int for a float of the same value; 
 
 import copy as copying
 import math
+from dataclasses import fields, is_dataclass
 
 import numpy as np
 import torch
@@ -107,6 +108,9 @@ def describe(x, limit: int = 90) -> str:
         text = "a function"
     else:
         try:
+            if is_dataclass(x):  # each field shortened by itself: the last ones may be those that matter
+                parts = (f"{one.name}={describe(getattr(x, one.name), limit)}" for one in fields(x) if one.repr)
+                return f"{type(x).__qualname__}({', '.join(parts)})"
             text = repr(x)
         except Exception:  # noqa: BLE001 (a learner's class may do anything)
             text = f"a {type(x).__name__}"

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from finetune_lab.course import check, checks, progress
-from finetune_lab.course.compare import difference
+from finetune_lab.course.compare import describe, difference
+from finetune_lab.methods.chat import ChatFormat
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -227,3 +228,44 @@ def test_another_error_of_the_same_type_does_not_get_the_hint_of_a_known_one():
     ex = checks.exercise("99.7", "twice", lambda x: x, lambda draw: [checks.case(1)], wrong=wrong, name="same")
     assert checks.judge(ex, known, 0).text == "the key is called labels"
     assert "raised KeyError: 'input_ids'" in checks.judge(ex, other, 0).text
+
+
+def doubled(x):
+    if x == 0:
+        raise ValueError("the course's sentence")
+    return 2 * x
+
+
+def guarded(x):
+    return x if x else doubled(x)
+
+
+def refuses_in_its_own_words(x):
+    if x == 0:
+        raise ValueError("my sentence")
+    return x
+
+
+def crashes_instead(x):
+    return x / x * x if x else [][x]
+
+
+@pytest.mark.parametrize("answer", [refuses_in_its_own_words, crashes_instead])
+def test_own_words_of_an_error_or_a_crash_elsewhere_do_not_hide_a_known_mistake(answer):
+    wrong = [checks.Wrong(guarded, "twice is missing"), checks.Wrong(lambda x: 3 * doubled(x), "three times too much")]
+    ex = checks.exercise("99.8", "twice", doubled, lambda draw: map(checks.case, (1, 2, 0)), wrong=wrong)
+    assert checks.judge(ex, answer, 0).text == "twice is missing"
+
+
+def test_a_crash_that_leaves_two_known_mistakes_possible_gets_the_hint_of_neither():
+    wrong = [checks.Wrong(lambda x: x + 1, "plus one"), checks.Wrong(lambda x: x + x**0, "plus a power")]
+    ex = checks.exercise("99.9", "twice", doubled, lambda draw: map(checks.case, (3, 0)), wrong=wrong)
+    assert "expected 6, got 4" in checks.judge(ex, lambda x: x + 1 if x else [][x], 0).text
+
+
+def test_every_field_of_a_dataclass_is_shown():
+    fmt = ChatFormat((164,), (164, 136), {role: (127, 101) for role in ("system", "user", "assistant")}, (188,), (103,))
+    assert describe(fmt) == repr(fmt)
+    long = ChatFormat((1,) * 40, tuple(range(100, 124)), {}, (5,), (6,))
+    assert describe(long).startswith("ChatFormat(begin=a tuple of 40, begin_default=(100, 101,")
+    assert " ..., before={}, end=(5,), gap=(6,))" in describe(long)

@@ -11,7 +11,7 @@ def _cases(draw: Draw):
         references = [draw.choice(_WORDS) for _ in range(size)]
         predictions = [r if draw.random() < 0.5 else draw.choice(_WORDS) for r in references]
         yield case(predictions, references)
-    yield case(["oak ", "\nred", "19", "9"], ["oak", "red", "19", "19"])  # white space
+    yield case(["oak ", "\nred", "19", "9", " pie\n"], ["oak", "red", "19", "19", " pie"])  # white space around both
     yield case(["It is 19.", "refund", "oak"], ["19", "refund", "oak"])  # a right answer inside a longer one
     yield case(["oak", "RED", "red"], ["oak", "red", "oak"])  # case counts, order counts
     yield case([], [])
@@ -23,6 +23,10 @@ def _count(predictions, references):
 
 def _with_spaces(predictions, references):
     return sum(p == r for p, r in zip(predictions, references, strict=True)) / max(len(predictions), 1)
+
+
+def _prediction_stripped(predictions, references):
+    return sum(p.strip() == r for p, r in zip(predictions, references, strict=True)) / max(len(predictions), 1)
 
 
 def _contains(predictions, references):
@@ -48,7 +52,8 @@ exercise(
     _cases,
     wrong=[
         Wrong(_count, "this counts the right answers: divide by the number of predictions to get a share"),
-        Wrong(_with_spaces, "white space around an answer should not decide: strip both sides before you compare"),
+        Wrong(_with_spaces, "white space around both is ignored: strip both before you compare"),
+        Wrong(_prediction_stripped, "white space around both is ignored: strip the reference as well"),
         Wrong(_contains, "'It is 19.' contains 19 but is not 19: compare with ==, not with `in`"),
         Wrong(_any_place, "compare each prediction with its own reference, not with all of them: zip the two lists"),
         Wrong(_percent, "a share lies between 0 and 1: do not multiply by 100"),

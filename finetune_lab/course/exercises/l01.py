@@ -44,7 +44,7 @@ def chat_cases(draw):
 
 
 def rendered(keep_end=True, span_mark=False, span_end=True, always_prompt=False, begin_each=False, gap_in_span=False,
-             has_system=None):  # fmt: skip
+             has_system=None, keep_gap=True, row=list):  # fmt: skip
     """`render_chat` with one mistake."""
 
     def render_chat(messages, fmt, encode, add_generation_prompt=False):
@@ -52,7 +52,7 @@ def rendered(keep_end=True, span_mark=False, span_end=True, always_prompt=False,
             if message["role"] not in fmt.before:
                 raise ValueError("unknown role")
         system = messages[0]["role"] == "system" if has_system is None else has_system
-        ids, spans = list(fmt.begin if system else fmt.begin_default), []
+        ids, spans = row(fmt.begin if system else fmt.begin_default), []
         for n, message in enumerate(messages):
             if begin_each and n:
                 ids += fmt.begin
@@ -63,7 +63,7 @@ def rendered(keep_end=True, span_mark=False, span_end=True, always_prompt=False,
             stop = len(ids)
             ids += fmt.end if keep_end else ()
             stop = len(ids) if span_end else stop
-            ids += fmt.gap
+            ids += fmt.gap if keep_gap else ()
             spans.append((message["role"], start, len(ids) if gap_in_span else stop))
         if add_generation_prompt or always_prompt:
             ids += fmt.before["assistant"]
@@ -83,6 +83,9 @@ exercise(
         Wrong(rendered(span_mark=True), "a span starts behind the role mark: the mark is the template's, nobody said it"),
         Wrong(rendered(span_end=False), "a span includes fmt.end: whoever speaks must learn to stop"),
         Wrong(rendered(gap_in_span=True), "fmt.gap lies between the turns: it belongs to no span"),
+        Wrong(rendered(keep_gap=False), "fmt.gap is missing: it stands behind each fmt.end (some formats leave it empty)"),
+        Wrong(rendered(row=tuple), "the fields of fmt are tuples, encode gives a list, and a tuple cannot grow by a list: "
+              "begin with ids = list(...)"),
         Wrong(rendered(always_prompt=True), "add the assistant's mark at the end only when add_generation_prompt is true: "
               "training data ends with the last turn"),
         Wrong(prompt_never, "add_generation_prompt=True must end with fmt.before['assistant']: else the model continues "
@@ -105,6 +108,9 @@ def completion_cases(draw):
         ids = [draw.randint(1, 99) for _ in range(prompt + answer)]
         yield case(ids[:prompt], ids)
     yield case([7, 8, 5], [7, 8, 9, 4, 3])  # the last prompt token merged with the answer's first letters
+    yield case([1, 2, 3], [1, 9, 3, 4])  # they agree again behind the border: it is an answer all the same
+    yield case([5, 6, 7, 8], [5, 4, 7, 8])  # up to the very end
+    yield case([1, 2, 3], [1, 2, 3, 2, 5])  # the answer uses an id of the prompt
 
 
 def shifted_labels(prompt_ids, ids):
@@ -129,6 +135,14 @@ def by_length(prompt_ids, ids):
     return [IGNORE] * len(prompt_ids) + ids[len(prompt_ids) :]
 
 
+def agree_anywhere(prompt_ids, ids):
+    return [IGNORE if a == b else a for a, b in zip(ids, prompt_ids, strict=False)] + ids[len(prompt_ids) :]
+
+
+def in_the_prompt(prompt_ids, ids):
+    return [IGNORE if token in prompt_ids else token for token in ids]
+
+
 def nothing_masked(prompt_ids, ids):
     return list(ids)
 
@@ -145,6 +159,8 @@ exercise(
         Wrong(no_last_label, "the last token counts too: it is the end of the turn, and without it the model never stops"),
         Wrong(one_too_many, "the first token of the answer counts: mask up to where prompt and whole part, not beyond"),
         Wrong(by_length, "len(prompt_ids) is not always the border: the tokenizer may merge across it; compare the ids"),
+        Wrong(agree_anywhere, "behind the first difference every id counts, also where the two agree again: stop there"),
+        Wrong(in_the_prompt, "an answer may use ids that the prompt has too: compare place by place, from the start"),
         Wrong(nothing_masked, "nothing is masked: the prompt's labels must be -100"),
         Wrong(answer_only, "labels are as long as ids: masked places stay, as -100"),
     ],
