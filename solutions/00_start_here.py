@@ -148,7 +148,7 @@ for method in ("LoRA r=16", "full"):
 # %% [markdown]
 # Tickets cost this model next to nothing of what it knew: their records look like much that it has read. A hundred steps
 # on short answers about towns cost it sums. How much is forgotten depends on the new data, not only on the method, so
-# measure it every time, on what *you* want to keep. (A model this small is no measure for large ones; lesson 11 asks them.)
+# measure it every time, on what *you* want to keep. (A model this small is no measure for large ones.)
 #
 # Memory is the other half of the bill. With mixed-precision AdamW a trained weight takes 16 bytes (weight 2, gradient 2,
 # fp32 copy 4, two moments 8) and a frozen one 2; other recipes take 8 or 12, so always ask *which*. Lesson 02 counts
@@ -240,7 +240,7 @@ print(exact_match(after, [tasks.reference(item) for item in tests]))
 # | 01 loss masking | Which tokens teach? |
 # | 02 VRAM accounting | Will it fit? |
 # | 03 LoRA and DoRA | How can so few numbers be enough? |
-# | 04 NF4 quantization | What is lost in four bits? |
+# | 04 NF4 and QLoRA | What is lost in four bits? |
 # | 05 SFT with TRL | What does the real trainer do? |
 # | 06 DPO | How does a model learn which answer is better? |
 # | 07 model merging | Can two skills be added up? |

@@ -150,7 +150,8 @@ def index(notebooks: dict[str, nbformat.NotebookNode]) -> nbformat.NotebookNode:
         lines += [f"## [{about['lesson']} · {about['title']}]({name}.html)", ""]
         lines += [promise, "", f"{about['minutes']} minutes. You need: {about['needs']}.", ""]
     lines += ["---", "", f"Together {minutes / 60:.0f} hours for a learner who does the exercises. This edition is for reading: ",
-              "sliders stand still here, and the solutions are filled in. To do the lessons, open the notebooks.", "",
+              "sliders stand still here, and what a learner writes is filled in, between `# BEGIN SOLUTION` and",
+              "`# END SOLUTION`. To do the lessons, open the notebooks.", "",
               "Text and pictures: CC BY 4.0. Code: Apache-2.0."]  # fmt: skip
     return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("\n".join(lines), id="index")])
 
