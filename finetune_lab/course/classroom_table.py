@@ -8,6 +8,7 @@ signs that steer a terminal are taken out. A file of something else is named and
 import argparse
 import json
 import re
+import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
@@ -115,15 +116,24 @@ def overview(learners: list[dict], left_out: list[str]) -> dict:
     return {"learners": rows, "exercises": exercises, "often_wrong": wrong, "left_out": left_out}
 
 
+def _columns(text: str) -> int:
+    """How many columns of a terminal the text takes: Chinese signs take two, combining marks none."""
+    return sum(0 if unicodedata.combining(sign) else 1 + (unicodedata.east_asian_width(sign) in "WF") for sign in text)
+
+
+def _pad(text: str, width: int) -> str:
+    return text + " " * (width - _columns(text))
+
+
 def show(figures: dict) -> None:
     """Print the table, the exercises that went wrong, the machines with problems."""
     numbers = list(figures["exercises"])
-    width = max(len(row["name"]) for row in figures["learners"])
+    width = max(_columns(row["name"]) for row in figures["learners"])
     print(f"{'':<{width}}  " + " ".join(f"{number:>4}" for number in numbers) + "  right exercises, lesson by lesson")
     for row in figures["learners"]:
         cells = " ".join(f"{row['right'][n]}/{figures['exercises'][n]}".rjust(4) for n in numbers)
         state = "" if row["ready"] is not False else "  machine not ready"
-        print(f"{row['name']:<{width}}  {cells}  {row['when'][:16].replace('T', ' ')}{state}")
+        print(f"{_pad(row['name'], width)}  {cells}  {row['when'][:16].replace('T', ' ')}{state}")
     if figures["often_wrong"]:
         print("\nmost often wrong")
     for row in figures["often_wrong"][:10]:
@@ -137,6 +147,19 @@ def show(figures: dict) -> None:
             print(f"  {row['name']}: {problem['name']}: {problem['value']}{fix}")
     for line in figures["left_out"]:
         print(f"left out or replaced: {line}")
+
+
+def _labels(names: list[str]) -> list[str]:
+    """The names as the picture can write them: `row 3` where its font has no such signs (Chinese, emoji)."""
+    from matplotlib import font_manager
+
+    from finetune_lab.course import plots
+
+    font = font_manager.get_font(font_manager.findfont(plots.STYLE["font.family"]))
+    return [
+        name if all(font.get_char_index(ord(sign)) for sign in name) else f"row {row}"
+        for row, name in enumerate(names, start=1)
+    ]
 
 
 def draw(figures: dict):
@@ -158,14 +181,21 @@ def draw(figures: dict):
             text = f"{row['right'][n]}/{figures['exercises'][n]}" if row["right"][n] else "·"
             ax.text(x, y, text, ha="center", va="center", color=plots.BLACK)
     ax.set_xticks(range(len(numbers)), numbers)
-    names = [row["name"] + (" (machine!)" if row["problems"] else "") for row in learners]
-    ax.set_yticks(range(len(names)), names)
+    names = _labels([row["name"] for row in learners])
+    names = [name + (" (machine!)" if row["problems"] else "") for name, row in zip(names, learners, strict=True)]
+    ax.set_yticks(range(len(names)), names, parse_math=False)  # a $ in a name is a $
     ax.grid(False)
     return figure
 
 
 def _command(args: argparse.Namespace) -> int:
+    if args.plot and Path(args.plot).suffix.lower() != ".png":
+        raise UserError(f"--plot {args.plot}: the picture is a PNG; give a name that ends in .png.")
     figures = overview(*collect(Path(args.folder)))
+    if args.json:
+        print(json.dumps(figures, indent=1))
+    else:
+        show(figures)
     if args.plot:
         from finetune_lab.course import plots
 
@@ -173,12 +203,10 @@ def _command(args: argparse.Namespace) -> int:
             Path(args.plot).write_bytes(plots.png(draw(figures)))
         except OSError as error:
             raise UserError(f"cannot write {args.plot}: {error.strerror or error}.") from None
-    if args.json:
-        print(json.dumps(figures, indent=1))
-    else:
-        show(figures)
-        if args.plot:
-            print(f"drawn in {args.plot}")
+        if not args.json:
+            names = [row["name"] for row in figures["learners"]]
+            pairs = [f"{label} is {name}" for label, name in zip(_labels(names), names, strict=True) if label != name]
+            print(f"drawn in {args.plot}" + (f" ({', '.join(pairs)})" if pairs else ""))
     return 0
 
 

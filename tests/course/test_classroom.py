@@ -123,7 +123,33 @@ def test_the_picture_has_a_number_in_every_field_that_is_not_empty(folder):
     assert len(plots.png(figure)) > 1000
 
 
+@pytest.mark.parametrize("name", [r"$\frac$ 100%", "$a", "a_b^c", "王小明", "Zoë 🙂"])
+def test_every_name_can_be_drawn_without_a_warning(name, folder, tmp_path, capsys, recwarn):
+    (folder / "odd.json").write_text(json.dumps({"class": 1, "name": name, "exercises": {}}))
+    assert main(["class", str(folder), "--plot", str(tmp_path / "class.png")]) == 0
+    assert (tmp_path / "class.png").stat().st_size > 1000 and not list(recwarn)
+    out = capsys.readouterr()
+    assert name in out.out and out.err == ""
+    drawable = name.isascii()
+    assert (f"(row 3 is {name})" in out.out) == (not drawable)
+
+
+def test_the_table_is_printed_although_the_picture_cannot_be_written(folder, capsys):
+    assert main(["class", str(folder), "--plot", str(folder / "no" / "class.png")]) == 2
+    out = capsys.readouterr()
+    assert "anna" in out.out and "cannot write" in out.err
+
+
+def test_a_chinese_name_does_not_shift_the_columns(folder, capsys):
+    (folder / "odd.json").write_text(json.dumps({"class": 1, "name": "王小明", "exercises": {}}))
+    main(["class", str(folder)])
+    lines = capsys.readouterr().out.splitlines()
+    anna, chinese = (next(line for line in lines if line.startswith(name)) for name in ("anna", "王"))
+    assert anna.index("/") == chinese.index("/") + 3
+
+
 @pytest.mark.parametrize("words, says", [
+    (["class", ".", "--plot", "x.jpg"], "ends in .png"), (["class", ".", "--plot", "x"], "ends in .png"),
     (["class", "nowhere"], "is not a folder"), (["class", "."], "no file of a learner"),
     (["doctor", "--class", "a b"], "letters, digits"), (["doctor", "--class", "../x"], "letters, digits"),
 ])  # fmt: skip
