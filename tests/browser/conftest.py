@@ -26,6 +26,8 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--host-res
 
 
 def pytest_collection_modifyitems(items):
+    """Browser tests last: playwright's event loop runs until the session ends, and would be found by asyncio.run."""
+    items.sort(key=lambda item: "browser" in getattr(item, "fixturenames", ()))
     for item in items:
         if "lab" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)

@@ -76,7 +76,7 @@ def test_a_file_that_is_not_there_is_one_sentence(tmp_path):
         load(SftRecipe, tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize(("parameters", "lora", "full"), [(2.6e6, 2e-3, 5e-4), (135e6, 5e-4, 2e-5), (8e9, 2e-4, 1e-5)])
+@pytest.mark.parametrize(("parameters", "lora", "full"), [(2.6e6, 2e-3, 5e-4), (135e6, 1e-3, 1e-4), (8e9, 2e-4, 1e-5)])
 def test_the_rate_follows_method_and_size(parameters, lora, full):
     assert SftRecipe(task="extract").completed(parameters).lr == lora
     assert SftRecipe(task="extract", method="qlora").completed(parameters).lr == lora

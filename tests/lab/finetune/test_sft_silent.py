@@ -116,7 +116,7 @@ def test_two_begins_of_text_are_found(tokenizer):
         ("lora", 2e-5, 8e9, "low"),  # full fine-tuning's rate
         ("qlora", 2e-5, 8e9, "low"),
         ("full", 2e-4, 8e9, "high"),  # LoRA's rate
-        ("full", 2e-4, 135e6, "high"),
+        ("full", 1e-3, 135e6, "high"),
         ("lora", 2e-4, 8e9, None),
         ("full", 1e-5, 8e9, None),
         ("lora", 2e-3, 2.6e6, None),
