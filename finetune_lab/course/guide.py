@@ -9,23 +9,24 @@ import argparse
 import re
 from pathlib import Path
 
-from finetune_lab.course.guide_agenda import WORKSHOPS, workshop
-from finetune_lab.course.guide_lesson import Sheet, Stop, sheet
+from finetune_lab.course.guide_agenda import EXERCISES, STRETCH, WORKSHOPS, workshop
+from finetune_lab.course.guide_lesson import Sheet, Stop, home, sheet
 from finetune_lab.course.lessons import course_root, lessons, write_atomic
 from finetune_lab.errors import UserError
 
 MARK = "<!-- made by `finetune-lab guide` from the lessons; changes here are lost -->"
 NAME = Path("docs") / "instructor.md"
 HINTS, CARDS = 5, 4  # wrong answers an exercise, questions a lesson
+EXPORT = "finetune-lab drill export --markdown drills.md --answers"
 
 HOW = """A lesson is a notebook that checks itself, so the room works alone most of the time and you are free to walk
 around. What only you can do: make everybody write a prediction *before* the cell runs, collect three of them aloud, and
 let the room explain the difference. Nobody has to finish: a skipped exercise goes on with the reference.
 
-The minutes of a section come from the lesson's own: each section gets one, the rest is shared by the minutes that the
-exercises name and by the length of text and code. They add up to the minutes in the lesson's first cell and have not been
-tried on a class. *Parts* is what exercises, predictions, reading and code would take by the same rule without that sum: a
-lesson whose parts are longer than its minutes runs late, so leave an exercise for home."""
+The minutes of a section are those of its exercises, reading at 150 words and 30 lines of code a minute, and three minutes
+a prediction (write, collect, explain), rounded up; where a lesson's first cell names more, the rest is shared out. Nobody
+has tried them on a class. By this count most lessons take longer than their first cell says; the run sheet then says by
+how much, and which exercises to leave for home. Agendas use the longer time."""
 
 ROOM = """- A week before: `finetune-lab pack DIR` on a machine with internet; it makes a folder that installs without any
   (`finetune-lab pack --help`). A pack is for one system and one Python: ask first what the room has. Copy it to a USB
@@ -36,14 +37,15 @@ ROOM = """- A week before: `finetune-lab pack DIR` on a machine with internet; i
   part of the package: nothing is downloaded during a lesson.
 - A machine that was used before: `finetune-lab reset --all --progress` makes every notebook fresh and starts the
   progress again; what was there is kept beside it.
-- On arrival: everybody runs `finetune-lab doctor --class NAME`, with a name of their own choice, and gives
-  you the file: versions, machine, problems, progress; no code, no answers. `finetune-lab class FOLDER` reads a folder of
-  such files and names the machines with problems.
+- On arrival: everybody runs `finetune-lab doctor --class NAME` and gives you the file: versions, machine, problems,
+  progress; no code, no answers. NAME is their own choice, without spaces, and one that nobody else has, e.g. `anna-7`.
+  `finetune-lab class FOLDER` reads a folder of such files and names the machines with problems.
 - Screen: slides of a lesson's own cells with `finetune-lab slides NN --out DIR`; they work without internet.
 - Power sockets, a clock that everybody sees, and paper: predictions are bolder when they are written down.
 - During an exercise: `[x]` with a hint is the normal case. Wait for the second try before you help.
-- In every break: collect the files again. `finetune-lab class FOLDER` shows who is where, and which exercise was wrong most.
-- At the end: the last files, and `finetune-lab drill` for the way home."""
+- At lunch and at the end, not in every break: collect the files again. `finetune-lab class FOLDER` shows who is where, and
+  which exercise was wrong most.
+- For the way home: `finetune-lab drill`."""
 
 
 def cell(text: str) -> str:
@@ -55,19 +57,38 @@ def _stops(stops: list[Stop]) -> str:
     return ", ".join(f"**{one.id}** ({one.minutes} min)" if one.kind == "exercise" else one.id for one in stops)
 
 
+def _asked(stop: Stop) -> str:
+    above = f" On the screen: “{stop.above}”." if stop.above else ""
+    among = f" Choices: {', '.join(f'“{one}”' for one in stop.choices)}." if stop.choices else ""
+    return f"- {stop.id}: {stop.ask}{above}{among} *It was {stop.answer or 'not recorded'}.*"
+
+
 def run_sheet(one: Sheet) -> str:
     """One lesson's run sheet as markdown."""
     found = [(section, stop) for section in one.sections for stop in section.stops]
     predictions = [stop for _, stop in found if stop.kind == "prediction"]
     exercises = [stop for _, stop in found if stop.kind == "exercise"]
-    number, parts = one.lesson.number, round(sum(section.estimate for section in one.sections))
+    number, over, late = one.lesson.number, one.minutes - one.header, home(one)
     lines = [f"### {number} · {one.title}", "", one.promise, ""]
     lines += [
         (
-            f"{one.minutes} minutes. Needs: {one.needs}. Parts: {parts} minutes, {one.exercise_minutes} of them exercises. "
+            f"{one.minutes} minutes, {one.exercise_minutes} of them exercises. Needs: {one.needs}. "
             f"[Complete lesson](../solutions/{one.lesson.name}.ipynb) · slides: `finetune-lab slides {number}`"
         ),
         "",
+    ]
+    if over > 0:
+        leave = ", ".join(f"{stop.id} {stop.title} ({stop.minutes} min)" for stop in late)
+        lines.append(
+            f"That is {over} minutes more than the {one.header} of the lesson's first cell. "
+            + (
+                f"To keep to those, leave for home: {leave}."
+                if late
+                else "To keep to those, do not collect predictions."
+            )
+        )
+        lines.append("")
+    lines += [
         "| At | Minutes | Section | Stop: predict (plain) or **exercise** |",
         "|---|---|---|---|",
     ]
@@ -82,7 +103,7 @@ def run_sheet(one: Sheet) -> str:
         lines += ["", f"Late? These have no stop point ({sum(s.minutes for s in quiet)} minutes): {names}."]
     if predictions:
         lines += ["", "**Ask before the cell runs** (and what came out on the tiny model)", ""]
-        lines += [f"- {stop.id}: {stop.ask} *It was {stop.answer or 'not recorded'}.*" for stop in predictions]
+        lines += [_asked(stop) for stop in predictions]
     if exercises:
         lines += ["", "**Exercises: what goes wrong, and the hint that the learner sees**", ""]
     for stop in exercises:
@@ -93,7 +114,7 @@ def run_sheet(one: Sheet) -> str:
     if one.cards:
         lines += [
             "",
-            f"**Questions for the room** (answers and {_more(one)}: `finetune-lab drill --lesson {number}`)",
+            f"**Questions for the room** (answers and {_more(one)}: `{EXPORT} --lesson {number}`)",
             "",
         ]
     for card in one.cards[:CARDS]:
@@ -113,15 +134,23 @@ def page(root: Path) -> str:
     sheets = {one.number: sheet(one) for one in lessons(root)}
     total = sum(one.minutes for one in sheets.values())
     lines = [MARK, "", "# Instructor's guide", "", HOW, ""]
-    lines += [f"{len(sheets)} lessons, {total} minutes ({total / 60:.1f} hours).", ""]
-    lines += ["| Lesson | Minutes | Exercises | Predictions | Needs |", "|---|---|---|---|---|"]
+    alone = sum(one.header for one in sheets.values())
+    lines += [
+        f"{len(sheets)} lessons, {total} minutes ({total / 60:.1f} hours) with a class; the first cells add up to {alone}.",
+        "",
+    ]
+    lines += ["| Lesson | With a class | First cell | Exercises | Predictions | Needs |", "|---|---|---|---|---|---|"]
     for number, one in sheets.items():
         stops = [stop.kind for section in one.sections for stop in section.stops]
         anchor = re.sub(r"[^\w -]", "", f"{number} · {one.title}".lower()).replace(" ", "-")
-        row = [f"[{number} {one.title}](#{anchor})", one.minutes, stops.count("exercise"), stops.count("prediction")]
+        row = [f"[{number} {one.title}](#{anchor})", one.minutes, one.header]
+        row += [stops.count("exercise"), stops.count("prediction")]
         lines.append("| " + " | ".join(map(str, [*row, one.needs])) + " |")
     lines += ["", "## Checklist for the room", "", ROOM, "", "## Agendas", ""]
-    lines += ["Computed from the minutes below; breaks stand between sections.", ""]
+    lines += [
+        f"Computed from the minutes below; a break comes after at most {STRETCH} minutes and {EXERCISES} exercises.",
+        "",
+    ]
     lines += [workshop(title, sheets) for title in WORKSHOPS]
     lines += ["## Run sheets", ""]
     return "\n".join(lines) + "\n" + "\n".join(run_sheet(one) for one in sheets.values())

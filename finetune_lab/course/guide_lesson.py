@@ -3,12 +3,14 @@
 Read from `solutions/NN_name.py` (headings, exercises, predictions), from the executed solution (what a prediction came
 to), from `exercises/lNN.py` (wrong answers and the hints that learners get) and from the drills' cards.
 
-Minutes: one for each section; the rest of the lesson's minutes is shared in proportion to the exercises' own minutes
-(in their headings) and to what reading costs at 150 words, 30 lines of code a minute and 1.5 minutes a prediction.
-Whole minutes, which add up to the lesson's.
+Minutes of a section: its exercises' own (in their headings), reading at 150 words and 30 lines of code a minute, and 3
+minutes a prediction (write, collect three aloud, explain), rounded up. A lesson whose header names more shares the rest
+out over its sections; one whose header names less takes longer, and `home` says which exercises to leave out.
 """
 
+import ast
 import functools
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -19,8 +21,10 @@ from finetune_lab.course.drills import schema
 from finetune_lab.course.lessons import Lesson
 from finetune_lab.errors import UserError
 
-WORDS, LINES, PREDICTION = 150, 30, 1.5  # words a minute, lines of code a minute, minutes a prediction
+WORDS, LINES, PREDICTION = 150, 30, 3  # words a minute, lines of code a minute, minutes a prediction
 _EXERCISE = re.compile(r"^### Exercise (\d+\.\d+) · (.+?) \((\d+) minutes?\)", re.MULTILINE)
+_ABOVE = re.compile(r"\bNow\b|\bThe cell\b|\babove tells\b")  # a question that needs what the cell above printed
+_SENTENCE = re.compile(r"(?<=[.?!])\s+(?=[A-Z`*\"(0-9])")
 _ASKS = re.compile(r"\?|\b[Pp]redict\b|\b[Gg]uess which\b")
 
 
@@ -28,7 +32,8 @@ _ASKS = re.compile(r"\?|\b[Pp]redict\b|\b[Gg]uess which\b")
 class Stop:
     """A point where the room works: an exercise or a prediction. `minutes` are those that the lesson itself names.
 
-    `ask` is what the lesson asks, `answer` what the tiny model gave (predictions); `hints` are (wrong, hint) pairs.
+    `ask` is what the lesson asks, `choices` what it may be, `above` the last line that the cell above printed when the
+    question needs it, `answer` what the tiny model gave (predictions); `hints` are (wrong, hint) pairs.
     """
 
     id: str
@@ -36,6 +41,8 @@ class Stop:
     title: str = ""
     minutes: float = PREDICTION
     ask: str = ""
+    choices: tuple[str, ...] = ()
+    above: str = ""
     answer: str = ""
     hints: tuple[tuple[str, str], ...] = ()
 
@@ -52,21 +59,25 @@ class Section:
 
     @property
     def estimate(self) -> float:
-        """Minutes by the module's rule, before they are made to fit the lesson's."""
+        """Minutes by the module's rule, not yet rounded."""
         return self.words / WORDS + self.lines / LINES + sum(stop.minutes for stop in self.stops)
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A lesson as an instructor needs it. `minutes` is the header's, and the sum of the sections'."""
+    """A lesson as an instructor needs it. `header` are the minutes that its first cell names."""
 
     lesson: Lesson
     title: str
-    minutes: int
+    header: int
     needs: str
     promise: str
     sections: list[Section]
     cards: list[schema.Card]
+
+    @property
+    def minutes(self) -> int:
+        return sum(section.minutes for section in self.sections)
 
     @property
     def exercise_minutes(self) -> int:
@@ -87,28 +98,71 @@ def pieces(markdown: str) -> list[tuple[str | None, str]]:
 
 
 def question(text: str) -> str:
-    """The last question of a text with what leads to it: two sentences before it, in its paragraph, and one after."""
-    text = re.sub(r"(?m)^#+ .*$", "", re.sub(r"(?s)```.*?```", "", text))
+    """The last question of a text with what leads to it: two sentences before it, in its paragraph, and one after.
+
+    Where the paragraph begins with a question, the sentence that leads to it ends the paragraph before, in its section.
+    """
+    text = re.sub(r"(?m)^## .*$", "\n\n##\n\n", re.sub(r"(?s)```.*?```", "", text))
+    text = re.sub(r"(?m)^#+ .*$", "\n", text)
     paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
     asking = [part for part in paragraphs if _ASKS.search(part)]
     if not asking:
         return ""
-    sentences = re.split(r"(?<=[.?!])\s+(?=[A-Z`*\"(0-9])", asking[-1])
+    sentences = _SENTENCE.split(asking[-1])
     last = max(i for i, sentence in enumerate(sentences) if _ASKS.search(sentence))
     words = " ".join(sentences[max(0, last - 2) : last + 2])
     words = re.sub(r"\*\*Predict(, then run)?[:.]\*\* ", "", words).strip()
+    before = next((part for part in reversed(paragraphs[: paragraphs.index(asking[-1])]) if part), "##")
+    if _ASKS.search(sentences[0]) and last <= 2 and before != "##" and not _ASKS.search(before):
+        words = f"{_SENTENCE.split(before)[-1]} {words[:1].upper()}{words[1:]}"
     return words[:1].upper() + words[1:]
 
 
-def answers(lesson: Lesson) -> dict[str, str]:
-    """prediction id -> what it came to in the executed solution; empty without outputs."""
+def spoken(answer: str) -> str:
+    """An outcome as people say it: `38.89 %` is 39 %, `0.3143 GB` is 0.31 GB, `'as many'` loses its quotes."""
+    found = re.match(r"(-?\d+\.\d+)(?![\d.e])", answer)
+    if not found:
+        return answer.strip("'")
+    value = float(found[1])
+    return (f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}") + answer[found.end() :]
+
+
+def printed(lesson: Lesson) -> dict[str, str]:
+    """cell id -> what it printed in the executed solution; empty without outputs."""
     if not lesson.solution.exists():
         return {}
-    found = {}
-    for cell in nbformat.read(lesson.solution, as_version=4).cells:
-        for output in cell.get("outputs", []):
-            found |= re.findall(r"^(\d\d-p\d+): you said .+?, it is (.+?): ", output.get("text", ""), re.MULTILINE)
-    return found
+    cells = nbformat.read(lesson.solution, as_version=4).cells
+    return {cell.id: "".join(output.get("text", "") for output in cell.get("outputs", [])) for cell in cells}
+
+
+def answers(texts: dict[str, str]) -> dict[str, str]:
+    """prediction id -> what it came to, from what the cells printed."""
+    told = re.findall(r"^(\d\d-p\d+): you said .+?, it is (.+?): ", "\n".join(texts.values()), re.MULTILINE)
+    return {id: spoken(answer) for id, answer in told}
+
+
+def choices(source: str, id: str, where: str) -> tuple[str, ...]:
+    """The options of a cell's `predict.choice("id", ..., options=...)`, a list of strings or list(NAME) of a dict.
+
+    Raises:
+        UserError: the options are written in another way.
+    """
+    tree = ast.parse(source)
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "predict.choice"
+    ]
+    call = next((one for one in calls if ast.literal_eval(one.args[0]) == id), None)
+    if call is None:
+        return ()
+    options = next((word.value for word in call.keywords if word.arg == "options"), None)
+    if isinstance(options, ast.Call) and ast.unparse(options.func) == "list" and isinstance(options.args[0], ast.Name):
+        named = options.args[0].id
+        options = next((node.value for node in ast.walk(tree)
+                        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == named), None)  # fmt: skip
+    items = options.keys if isinstance(options, ast.Dict) else getattr(options, "elts", None)
+    if not items or not all(isinstance(item, ast.Constant) for item in items):
+        raise UserError(f"{where}: write the options of {id} as a list of strings, like options=['more', 'less'].")
+    return tuple(item.value for item in items)
 
 
 def _exercise(name: str, minutes: dict[str, int], where: str) -> Stop:
@@ -125,9 +179,10 @@ def _exercise(name: str, minutes: dict[str, int], where: str) -> Stop:
 
 
 def sections(lesson: Lesson) -> list[Section]:
-    """The lesson's sections in order, each with its stop points; minutes not yet shared out."""
-    found, minutes, said = [Section("Opening")], {}, ""
-    came_to = answers(lesson)
+    """The lesson's sections in order, each with its stop points; minutes not yet set."""
+    found, minutes, said, above = [Section("Opening")], {}, "", ""
+    texts = printed(lesson)
+    came_to = answers(texts)
     for cell in build.parse(lesson).cells:
         where = f"{lesson.source.name}, cell {cell.id}"
         if cell.cell_type == "markdown":
@@ -143,8 +198,15 @@ def sections(lesson: Lesson) -> list[Section]:
             if name:
                 found[-1].stops.append(_exercise(name, minutes, where))
             else:
-                found[-1].stops.append(Stop(id, "prediction", ask=question(said), answer=came_to.get(id, "")))
+                ask = question(said)
+                shown = above if _ABOVE.search(ask) else ""
+                options = choices(cell.source, id, where)
+                stop = Stop(id, "prediction", ask=ask, choices=options, above=shown, answer=came_to.get(id, ""))
+                found[-1].stops.append(stop)
                 said = ""
+        told = texts.get(cell.id, "").strip().splitlines()
+        lines = [line for line in told if not line.startswith("[")] or ["" if told else above]  # [ok] is no context
+        above = " ".join(lines[-1].split())
     return found
 
 
@@ -158,12 +220,22 @@ def share(total: int, weights: list[float]) -> list[int]:
     return whole
 
 
-def time(found: list[Section], minutes: int, where: str) -> None:
-    """Set the sections' minutes. See the module's docstring for the rule."""
-    if minutes < len(found):
-        raise UserError(f"{where}: {minutes} minutes for {len(found)} sections; mend `minutes:` in the header.")
-    for section, rest in zip(found, share(minutes - len(found), [one.estimate for one in found]), strict=True):
-        section.minutes = 1 + rest
+def time(found: list[Section], minutes: int) -> None:
+    """Set the sections' minutes, `minutes` in all if that is enough. See the module's docstring for the rule."""
+    needed = [max(1, math.ceil(section.estimate - 1e-9)) for section in found]
+    more = share(max(0, minutes - sum(needed)), [section.estimate or 1 for section in found])
+    for section, least, rest in zip(found, needed, more, strict=True):
+        section.minutes = least + rest
+
+
+def home(one: Sheet) -> list[Stop]:
+    """The exercises to leave out to keep to the header: the last ones, on which the least is built; one always stays."""
+    stops = [stop for section in one.sections for stop in section.stops if stop.kind == "exercise"]
+    out, over = [], one.minutes - one.header
+    while over > 0 and len(stops) > 1:
+        out.append(stops.pop())
+        over -= int(out[-1].minutes)
+    return out
 
 
 @functools.cache
@@ -175,13 +247,13 @@ def sheet(lesson: Lesson) -> Sheet:
     """Everything of one lesson.
 
     Raises:
-        UserError: an an exercise without its heading and minutes, or a lesson with less than a minute a section.
+        UserError: an exercise without its heading and minutes, or options of a prediction that cannot be read.
     """
     notebook = build.parse(lesson)
     about, first = notebook.metadata["finetune_lab"], notebook.cells[0].source
     promise = re.search(r"\*\*(.+?)\*\*", first, re.DOTALL)
     found = sections(lesson)
-    time(found, about["minutes"], lesson.source.name)
+    time(found, about["minutes"])
     order = {level: i for i, level in enumerate(schema.LEVELS)}
     cards = [item for item in _bank() if item.kind == "card" and item.lesson == lesson.number]
     cards.sort(key=lambda card: (order[card.level], card.id))
