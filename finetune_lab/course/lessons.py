@@ -114,7 +114,7 @@ def keep_mine(path: Path) -> Path:
         extra = "" if attempt == 1 else f"-{attempt}"
         copy = path.with_name(f"{path.stem}.mine-{stamp}{extra}{path.suffix}")
         try:
-            with open(copy, "xb") as target, open(path, "rb") as source:
+            with open(path, "rb") as source, open(copy, "xb") as target:  # no empty copy of what cannot be read
                 shutil.copyfileobj(source, target)
                 target.flush()
                 os.fsync(target.fileno())

@@ -24,7 +24,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from platformdirs import user_data_dir
 
-from finetune_lab.course.lessons import keep_mine
 from finetune_lab.errors import UserError
 
 SCHEMA = 1
@@ -153,11 +152,26 @@ def record_prediction(id: str, guess, actual, unit: str = "") -> None:
     _change(edit)
 
 
-def start_again() -> Path | None:
-    """Put the progress file aside as `progress.mine-YYYYMMDD-HHMMSS.json`; return where it is (None: there was none)."""
-    if not path().exists():
-        return None
+def _put_aside(path: Path) -> Path:
+    """Rename a file or a folder to `<name>.mine-YYYYMMDD-HHMMSS<suffix>` beside it; return the new path."""
+    stamp, number = datetime.now().strftime("%Y%m%d-%H%M%S"), 1
+    while (aside := path.with_name(f"{path.stem}.mine-{stamp}{f'-{number}' * (number > 1)}{path.suffix}")).exists():
+        number += 1
+    try:
+        path.rename(aside)
+    except OSError as error:
+        raise UserError(
+            f"cannot put {path} aside ({error.strerror or error}); close the drills and notebooks that are open, "
+            "and run the command again."
+        ) from None
+    return aside
+
+
+def start_again() -> list[Path]:
+    """Put the learner's files aside: progress, the drills' log and their code; return where they are now."""
+    # A journal that a killed drill left behind belongs to the log (drills/state.py) and goes with it.
+    names = (path().name, "drills.sqlite", "drills.sqlite-journal", "drills")
+    if not os.path.isdir(home()):
+        return []
     with _locked():
-        kept = keep_mine(path())
-        path().unlink()
-    return kept
+        return [_put_aside(home() / name) for name in names if (home() / name).exists()]

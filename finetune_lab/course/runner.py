@@ -7,6 +7,7 @@ it is copied to `NN_name.mine-YYYYMMDD-HHMMSS.ipynb` first.
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 import nbformat
@@ -161,9 +162,18 @@ def _reset(args: argparse.Namespace) -> int:
         raise UserError("name the lessons to reset (finetune-lab reset 01), or all of them by --all, not both.")
     if args.progress and not args.all:
         raise UserError("--progress forgets every lesson's verdicts; it goes only together with --all.")
+    failed = 0
     for lesson in select(course_root(args.root), args.lessons):
-        existed = lesson.notebook.exists()
-        kept = reset(lesson)
+        try:
+            existed = lesson.notebook.exists()
+            kept = reset(lesson)
+        except (OSError, UserError) as error:  # one lesson that cannot be reset does not stop the others
+            failed += 1
+            why = error
+            if isinstance(error, OSError):
+                why = f"{error.strerror or error}; it must be readable, and its folder writable."
+            print(f"finetune-lab: {lesson.notebook} was not reset: {why}", file=sys.stderr)
+            continue
         if kept:
             print(f"{lesson.notebook.name} is fresh; yours is {kept.name} beside it")
         else:
@@ -172,8 +182,10 @@ def _reset(args: argparse.Namespace) -> int:
             )
     if args.progress:
         kept = progress.start_again()
-        print(f"progress starts again; the old one is {kept}" if kept else "progress was empty")
-    return 0
+        print("progress and drills start again" if kept else "progress and drills were empty")
+        for path in kept:
+            print(f"  the old one is {path}")
+    return 2 if failed else 0
 
 
 def register(subparsers) -> None:
@@ -208,7 +220,8 @@ def register(subparsers) -> None:
     )
     fresh.add_argument("lessons", nargs="*", metavar="NN", help="lesson numbers")
     fresh.add_argument("--all", action="store_true", help="every lesson: for the next person at this machine")
-    fresh.add_argument("--progress", action="store_true", help="with --all: forget the verdicts too (the file is kept)")
+    fresh.add_argument("--progress", action="store_true", help="with --all: progress and drills start again too; "
+                       "the old files are kept beside")  # fmt: skip
     fresh.set_defaults(func=_reset)
     for parser in (run, status, fresh):
         parser.add_argument("--root", help="the course folder (default: found from here)")

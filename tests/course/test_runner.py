@@ -1,7 +1,9 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import lesson_fixture as fixture
 import nbformat
@@ -145,4 +147,34 @@ def test_reset_all_is_for_the_next_person_and_loses_nothing(lesson, capsys):
     kept = next(progress.home().glob("progress.mine-*.json"))
     assert "99.1" in json.loads(kept.read_text())["exercises"]
     assert main(["reset", "--all", "--progress", "--root", str(lesson.root)]) == 0
-    assert "progress was empty" in capsys.readouterr().out
+    assert "progress and drills were empty" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "make", [lambda notebook: notebook.mkdir(parents=True), lambda notebook: notebook.parent.touch()]
+)
+def test_a_notebook_that_cannot_be_reset_is_told_and_the_rest_goes_on(make, lesson, capsys):
+    first = lesson.root / "solutions" / "01_first.py"
+    first.write_text(lesson.source.read_text().replace("99-p1", "01-p1"))
+    bad = replace(lesson, name="01_first", root=lesson.root)
+    shutil.rmtree(bad.notebook.parent)
+    make(bad.notebook)
+    progress.record_exercise("99.1", "ok", "hide the prompt")
+    assert main(["reset", "--all", "--progress", "--root", str(lesson.root)]) == 2
+    out, error = capsys.readouterr()
+    whole = bad.notebook.parent.is_dir()
+    assert f"{bad.notebook} was not reset: " in error and error.count("\n") == (1 if whole else 2)
+    assert lesson.notebook.exists() == whole and "progress and drills start again" in out
+    assert not list(lesson.root.rglob("*.mine-*"))  # no empty copy of what could not be read
+
+
+def test_the_next_person_does_not_find_the_last_ones_drills(lesson, capsys):
+    (progress.home() / "drills").mkdir(parents=True)
+    (progress.home() / "drills" / "mine.py").write_text("x")
+    (progress.home() / "drills.sqlite").write_bytes(b"log")
+    assert main(["reset", "--all", "--progress", "--root", str(lesson.root)]) == 0
+    said = capsys.readouterr().out
+    kept = sorted(path.name for path in progress.home().iterdir() if ".mine-" in path.name)
+    assert [re.sub(r"\d", "", name) for name in kept] == ["drills.mine--", "drills.mine--.sqlite"]
+    assert all(name in said for name in kept)
+    assert not (progress.home() / "drills").exists() and not (progress.home() / "drills.sqlite").exists()
