@@ -58,7 +58,7 @@ def _stops(stops: list[Stop]) -> str:
 
 
 def _asked(stop: Stop) -> str:
-    above = f" On the screen: “{stop.above}”." if stop.above else ""
+    above = f" On the screen: `{stop.above}`." if stop.above else ""
     among = f" Choices: {', '.join(f'“{one}”' for one in stop.choices)}." if stop.choices else ""
     return f"- {stop.id}: {stop.ask}{above}{among} *It was {stop.answer or 'not recorded'}.*"
 
@@ -84,7 +84,7 @@ def run_sheet(one: Sheet) -> str:
             + (
                 f"To keep to those, leave for home: {leave}."
                 if late
-                else "To keep to those, do not collect predictions."
+                else "To keep to those, let everybody go on alone, without collecting predictions."
             )
         )
         lines.append("")

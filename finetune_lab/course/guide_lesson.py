@@ -8,31 +8,26 @@ minutes a prediction (write, collect three aloud, explain), rounded up. A lesson
 out over its sections; one whose header names less takes longer, and `home` says which exercises to leave out.
 """
 
-import ast
 import functools
 import math
 import re
 from dataclasses import dataclass, field
 
-import nbformat
-
 from finetune_lab.course import build, check, lint
 from finetune_lab.course.drills import schema
+from finetune_lab.course.guide_predictions import answers, choices, context, printed, question, shown
 from finetune_lab.course.lessons import Lesson
 from finetune_lab.errors import UserError
 
 WORDS, LINES, PREDICTION = 150, 30, 3  # words a minute, lines of code a minute, minutes a prediction
 _EXERCISE = re.compile(r"^### Exercise (\d+\.\d+) · (.+?) \((\d+) minutes?\)", re.MULTILINE)
-_ABOVE = re.compile(r"\bNow\b|\bThe cell\b|\babove tells\b")  # a question that needs what the cell above printed
-_SENTENCE = re.compile(r"(?<=[.?!])\s+(?=[A-Z`*\"(0-9])")
-_ASKS = re.compile(r"\?|\b[Pp]redict\b|\b[Gg]uess which\b")
 
 
 @dataclass(frozen=True)
 class Stop:
     """A point where the room works: an exercise or a prediction. `minutes` are those that the lesson itself names.
 
-    `ask` is what the lesson asks, `choices` what it may be, `above` the last line that the cell above printed when the
+    `ask` is what the lesson asks, `choices` what it may be, `above` the last lines that the cell above printed when the
     question needs it, `answer` what the tiny model gave (predictions); `hints` are (wrong, hint) pairs.
     """
 
@@ -97,74 +92,6 @@ def pieces(markdown: str) -> list[tuple[str | None, str]]:
     return [(title, "\n".join(lines)) for title, lines in parts if title or any(line.strip() for line in lines)]
 
 
-def question(text: str) -> str:
-    """The last question of a text with what leads to it: two sentences before it, in its paragraph, and one after.
-
-    Where the paragraph begins with a question, the sentence that leads to it ends the paragraph before, in its section.
-    """
-    text = re.sub(r"(?m)^## .*$", "\n\n##\n\n", re.sub(r"(?s)```.*?```", "", text))
-    text = re.sub(r"(?m)^#+ .*$", "\n", text)
-    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
-    asking = [part for part in paragraphs if _ASKS.search(part)]
-    if not asking:
-        return ""
-    sentences = _SENTENCE.split(asking[-1])
-    last = max(i for i, sentence in enumerate(sentences) if _ASKS.search(sentence))
-    words = " ".join(sentences[max(0, last - 2) : last + 2])
-    words = re.sub(r"\*\*Predict(, then run)?[:.]\*\* ", "", words).strip()
-    before = next((part for part in reversed(paragraphs[: paragraphs.index(asking[-1])]) if part), "##")
-    if _ASKS.search(sentences[0]) and last <= 2 and before != "##" and not _ASKS.search(before):
-        words = f"{_SENTENCE.split(before)[-1]} {words[:1].upper()}{words[1:]}"
-    return words[:1].upper() + words[1:]
-
-
-def spoken(answer: str) -> str:
-    """An outcome as people say it: `38.89 %` is 39 %, `0.3143 GB` is 0.31 GB, `'as many'` loses its quotes."""
-    found = re.match(r"(-?\d+\.\d+)(?![\d.e])", answer)
-    if not found:
-        return answer.strip("'")
-    value = float(found[1])
-    return (f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}") + answer[found.end() :]
-
-
-def printed(lesson: Lesson) -> dict[str, str]:
-    """cell id -> what it printed in the executed solution; empty without outputs."""
-    if not lesson.solution.exists():
-        return {}
-    cells = nbformat.read(lesson.solution, as_version=4).cells
-    return {cell.id: "".join(output.get("text", "") for output in cell.get("outputs", [])) for cell in cells}
-
-
-def answers(texts: dict[str, str]) -> dict[str, str]:
-    """prediction id -> what it came to, from what the cells printed."""
-    told = re.findall(r"^(\d\d-p\d+): you said .+?, it is (.+?): ", "\n".join(texts.values()), re.MULTILINE)
-    return {id: spoken(answer) for id, answer in told}
-
-
-def choices(source: str, id: str, where: str) -> tuple[str, ...]:
-    """The options of a cell's `predict.choice("id", ..., options=...)`, a list of strings or list(NAME) of a dict.
-
-    Raises:
-        UserError: the options are written in another way.
-    """
-    tree = ast.parse(source)
-    calls = [
-        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "predict.choice"
-    ]
-    call = next((one for one in calls if ast.literal_eval(one.args[0]) == id), None)
-    if call is None:
-        return ()
-    options = next((word.value for word in call.keywords if word.arg == "options"), None)
-    if isinstance(options, ast.Call) and ast.unparse(options.func) == "list" and isinstance(options.args[0], ast.Name):
-        named = options.args[0].id
-        options = next((node.value for node in ast.walk(tree)
-                        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == named), None)  # fmt: skip
-    items = options.keys if isinstance(options, ast.Dict) else getattr(options, "elts", None)
-    if not items or not all(isinstance(item, ast.Constant) for item in items):
-        raise UserError(f"{where}: write the options of {id} as a list of strings, like options=['more', 'less'].")
-    return tuple(item.value for item in items)
-
-
 def _exercise(name: str, minutes: dict[str, int], where: str) -> Stop:
     exercise = check.load_all().get(name)
     if exercise is None:
@@ -199,14 +126,12 @@ def sections(lesson: Lesson) -> list[Section]:
                 found[-1].stops.append(_exercise(name, minutes, where))
             else:
                 ask = question(said)
-                shown = above if _ABOVE.search(ask) else ""
+                seen = context(ask, above, texts.get(cell.id, ""))
                 options = choices(cell.source, id, where)
-                stop = Stop(id, "prediction", ask=ask, choices=options, above=shown, answer=came_to.get(id, ""))
+                stop = Stop(id, "prediction", ask=ask, choices=options, above=seen, answer=came_to.get(id, ""))
                 found[-1].stops.append(stop)
                 said = ""
-        told = texts.get(cell.id, "").strip().splitlines()
-        lines = [line for line in told if not line.startswith("[")] or ["" if told else above]  # [ok] is no context
-        above = " ".join(lines[-1].split())
+        above = shown(texts[cell.id]) if texts.get(cell.id, "").strip() else above
     return found
 
 

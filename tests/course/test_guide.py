@@ -6,7 +6,7 @@ import re
 import pytest
 
 from finetune_lab.cli import main
-from finetune_lab.course import guide, guide_agenda, guide_lesson
+from finetune_lab.course import guide, guide_agenda, guide_lesson, guide_predictions
 from finetune_lab.course.lessons import course_root, lessons
 from finetune_lab.errors import UserError
 
@@ -76,9 +76,9 @@ def test_a_choice_has_its_options_in_the_guide_and_the_outcome_among_them(sheets
 
 def test_options_that_cannot_be_read_are_refused_in_one_sentence():
     good = 'SIZES = {"few": 1, "many": 9}\npredict.choice("99-p1", guess, outcome, options=list(SIZES))'
-    assert guide_lesson.choices(good, "99-p1", "here") == ("few", "many")
+    assert guide_predictions.choices(good, "99-p1", "here") == ("few", "many")
     with pytest.raises(UserError, match=r"^here: write the options of 99-p1 as a list of strings"):
-        guide_lesson.choices(good.replace("list(SIZES)", "sorted(names)"), "99-p1", "here")
+        guide_predictions.choices(good.replace("list(SIZES)", "sorted(names)"), "99-p1", "here")
 
 
 @pytest.mark.parametrize("told, said", [
@@ -86,13 +86,14 @@ def test_options_that_cannot_be_read_are_refused_in_one_sentence():
     ("20.6 of 174", "21 of 174"), ("1,152 tokens", "1,152 tokens"), ("3 turns", "3 turns"), ("'as many'", "as many"),
 ])  # fmt: skip
 def test_outcomes_are_rounded_as_people_say_them(told, said):
-    assert guide_lesson.spoken(told) == said
+    assert guide_predictions.spoken(told) == said
 
 
 def test_a_question_about_the_cell_above_brings_what_it_printed(sheets):
     stops = {stop.id: stop for one in sheets.values() for section in one.sections for stop in section.stops}
     assert "with the mask" in stops["01-p3"].above and stops["01-p3"].above in guide.run_sheet(sheets["01"])
-    assert "weights: 10.2 MB" in stops["02-p1"].above
+    assert "1152 tokens / 5 layers" in stops["02-p1"].above and "weights: 10.2 MB" in stops["02-p1"].above
+    assert "Is the lamp free?" in stops["01-p1"].above and "you said" not in stops["01-p1"].above
     assert not any(stop.above.startswith("[") for stop in stops.values())
 
 
@@ -158,7 +159,7 @@ def test_headings_inside_code_do_not_cut_a_text():
     ("Nothing here.", ""),
 ])  # fmt: skip
 def test_the_question_is_the_last_one_with_what_leads_to_it(text, asked):
-    assert guide_lesson.question(text) == asked
+    assert guide_predictions.question(text) == asked
 
 
 def test_the_command_writes_checks_and_leaves_other_peoples_files_alone(tmp_path, capsys, monkeypatch):
