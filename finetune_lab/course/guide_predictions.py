@@ -15,7 +15,7 @@ _ABOVE = re.compile(r"\bNow\b|\bThe cell\b|\babove tells\b")  # a question that 
 _SENTENCE = re.compile(r"(?<=[.?!])\s+(?=[A-Z`*\"(0-9])")
 _ASKS = re.compile(r"\?|\b[Pp]redict\b|\b[Gg]uess which\b")
 _THIS = re.compile(r"\bthis one\b")  # a question about what its own cell prints first
-SHOWN = 3  # lines of context
+SHOWN = 4  # lines of context
 
 
 def question(text: str) -> str:
