@@ -61,15 +61,14 @@ def path_table(root: Path) -> str:
     """Three ways through the course; the workshops' lessons are those of the instructor's guide."""
     minutes = {one.number: build.parse(one).metadata["finetune_lab"]["minutes"] for one in lessons(root)}
     half, two = ([*itertools.chain(*days)] for days in guide_agenda.WORKSHOPS.values())
-    hours = {name: f"{sum(minutes[one] for one in chosen) / 60:.1f} hours"
-             for name, chosen in (("all", minutes), ("half", half), ("two", two))}  # fmt: skip
+    hours = f"{sum(minutes.values()) / 60:.1f} hours"
     agenda = "agenda, run sheets and hints in the [instructor's guide](docs/instructor.md#agendas)"
     return f"""\
 | you | time | how |
 |---|---|---|
-| learn by yourself | {hours["all"]} | `make lab`, then the lessons in order; `finetune-lab drill` after each |
-| teach half a day | {hours["half"]} | lessons {", ".join(half)}; {agenda} |
-| teach two days | {hours["two"]} | lessons {", ".join(two)}; `finetune-lab pack DIR` for a room without internet |
+| learn by yourself | {hours} | `make lab`, then the lessons in order; `finetune-lab drill` after each |
+| teach a workshop | half a day | lessons {", ".join(half)}; {agenda} |
+| teach a workshop | two days | lessons {", ".join(two)}; `finetune-lab pack DIR` for a room without internet |
 | have an interview in a week | an hour a day | lesson 16, then `finetune-lab drill` daily; what you miss names its lesson: \
 read that one in `solutions/`; `finetune-lab drill --mock 45` on days 5 and 7 |"""
 
