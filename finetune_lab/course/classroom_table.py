@@ -1,87 +1,17 @@
 """`finetune-lab class FOLDER`: a class at a glance, from the files that learners hand in (classroom.py says what is in one).
 
-Who is where, which exercises go wrong, which machines have problems. A `progress.json` that somebody copied into the
-folder is read too; its name is the file's, or its folder's. The files are other people's: their form is checked, and
-signs that steer a terminal are taken out. A file of something else is named and left out.
+Who is where, which exercises go wrong, which machines have problems. classroom_read.py reads the files.
 """
 
 import argparse
 import json
-import re
 import unicodedata
 from collections import defaultdict
+from datetime import datetime
 from pathlib import Path
 
-from finetune_lab.course.classroom import SCHEMA
+from finetune_lab.course.classroom_read import collect
 from finetune_lab.errors import UserError
-
-
-def _clean(text: object, limit: int = 200) -> str:
-    """Text of somebody else's file as it may be printed: one line, no control signs."""
-    return " ".join("".join(sign if sign.isprintable() else " " for sign in str(text)).split())[:limit]
-
-
-def _entry(data: object, path: Path) -> dict | None:
-    """One learner from one JSON value, or None when it is something else."""
-    if not isinstance(data, dict) or not isinstance(data.get("exercises"), dict):
-        return None
-    if "class" in data and data["class"] != SCHEMA:
-        return None
-    alone = path.stem if path.stem != "progress" else path.resolve().parent.name
-    exercises = {}
-    for id, entry in data["exercises"].items():
-        if not re.fullmatch(r"\d\d\.\d+", id) or not isinstance(entry, dict):
-            return None
-        tries = entry.get("tries", 0)
-        if not isinstance(tries, int) or not 0 <= tries < 1_000_000:
-            return None
-        exercises[id] = {"ok": bool(entry.get("ok")), "tries": tries}
-    problems = data.get("problems", [])
-    if not isinstance(problems, list) or not all(isinstance(problem, dict) for problem in problems):
-        return None
-    return {
-        "name": _clean(data.get("name") or alone, 40) or "(no name)",
-        "when": _clean(data.get("when", ""), 25),
-        "ready": data.get("ready") if isinstance(data.get("ready"), bool) else None,
-        "exercises": exercises,
-        "problems": [{key: _clean(problem.get(key, "")) for key in ("name", "value", "fix")} for problem in problems],
-    }
-
-
-def _values(text: str) -> list[object]:
-    """The file's JSON: one value, or one a line."""
-    try:
-        return [json.loads(text)]
-    except ValueError:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-
-
-def collect(folder: Path) -> tuple[list[dict], list[str]]:
-    """(learners by name, what was left out and why). Of two files with one name the newer counts.
-
-    Raises:
-        UserError: there is no such folder, or nothing readable in it.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; put the files of `finetune-lab doctor --class NAME` into one.")
-    found, left_out = {}, []
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            entries = [_entry(value, path) for value in _values(path.read_text(encoding="utf-8"))]
-        except (OSError, ValueError, RecursionError):
-            entries = []
-        if not entries or None in entries:
-            left_out.append(f"{path.name}: not a file of `finetune-lab doctor --class NAME`")
-            continue
-        for entry in entries:
-            other = found.get(entry["name"])
-            if other:
-                left_out.append(f"{path.name}: another file says it is {entry['name']} too; the newer one counts")
-            if not other or entry["when"] >= other["when"]:
-                found[entry["name"]] = entry
-    if not found:
-        raise UserError(f"no file of a learner in {folder}: everybody makes one by `finetune-lab doctor --class NAME`.")
-    return sorted(found.values(), key=lambda learner: learner["name"].lower()), left_out
 
 
 def overview(learners: list[dict], left_out: list[str]) -> dict:
@@ -92,9 +22,11 @@ def overview(learners: list[dict], left_out: list[str]) -> dict:
     lessons = defaultdict(set)
     for id in titles:
         lessons[id[:2]].add(id)
+    left_out = list(left_out)
     for learner in learners:
-        for id in learner["exercises"]:
-            lessons[id[:2]].add(id)
+        strange = sorted(learner["exercises"].keys() - titles.keys())
+        if strange:
+            left_out.append(f"{learner['name']}: exercises that this course does not have: {', '.join(strange[:5])}")
     rows, wrong = [], []
     for learner in learners:
         done = {
@@ -125,15 +57,24 @@ def _pad(text: str, width: int) -> str:
     return text + " " * (width - _columns(text))
 
 
+def _local(when: str) -> str:
+    """`2026-11-23T10:00:00+00:00` as the clock on the wall showed it; nothing for nothing."""
+    return f"{datetime.fromisoformat(when).astimezone():%Y-%m-%d %H:%M}" if when else ""
+
+
 def show(figures: dict) -> None:
     """Print the table, the exercises that went wrong, the machines with problems."""
     numbers = list(figures["exercises"])
     width = max(_columns(row["name"]) for row in figures["learners"])
-    print(f"{'':<{width}}  " + " ".join(f"{number:>4}" for number in numbers) + "  right exercises, lesson by lesson")
+    print(
+        f"{'':<{width}}  "
+        + " ".join(f"{number:>4}" for number in numbers)
+        + "  right exercises, lesson by lesson; when (local time)"
+    )
     for row in figures["learners"]:
         cells = " ".join(f"{row['right'][n]}/{figures['exercises'][n]}".rjust(4) for n in numbers)
         state = "" if row["ready"] is not False else "  machine not ready"
-        print(f"{_pad(row['name'], width)}  {cells}  {row['when'][:16].replace('T', ' ')}{state}")
+        print(f"{_pad(row['name'], width)}  {cells}  {_local(row['when'])}{state}")
     if figures["often_wrong"]:
         print("\nmost often wrong")
     for row in figures["often_wrong"][:10]:

@@ -2,6 +2,8 @@
 
 import getpass
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -84,7 +86,77 @@ def test_of_two_files_with_one_name_the_newer_counts_and_it_is_said(folder, caps
     (folder / "later").mkdir()
     learner(folder / "later", "ben", {"01.2": {"ok": True, "tries": 3}}, when="2026-11-23T12:00:00+00:00")
     learners, left_out = classroom_table.collect(folder)
-    assert learners[1]["exercises"]["01.2"]["ok"] and "says it is ben too" in left_out[0]
+    assert learners[1]["exercises"]["01.2"]["ok"]
+    assert "class-ben.json and later/class-ben.json both say they are ben; later/class-ben.json counts" in left_out[0]
+
+
+def test_the_newer_file_counts_although_it_is_read_first_and_its_clock_stands_elsewhere(folder):
+    (folder / "a").mkdir()
+    learner(folder / "a", "ben", {"01.2": {"ok": True, "tries": 3}}, when="2026-11-23T07:30:00-03:00")
+    learners, left_out = classroom_table.collect(folder)
+    assert learners[1]["exercises"]["01.2"]["ok"] and "; a/class-ben.json counts" in left_out[0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_files_as_powershell_writes_them_are_read(encoding, folder):
+    text = (folder / "class-anna.json").read_text()
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (folder / "class-anna.json").write_bytes((mark + text).encode(encoding))
+    learners, left_out = classroom_table.collect(folder)
+    assert [one["name"] for one in learners] == ["anna", "ben"] and left_out == []
+
+
+def test_one_broken_line_of_a_joined_file_does_not_drop_the_others(folder):
+    good = [(folder / f"class-{name}.json").read_text() for name in ("anna", "ben")]
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "all.json").write_text(good[0] + good[0][:30] + "\n\ufeff" + good[1], encoding="utf-8")
+    learners, left_out = classroom_table.collect(folder)
+    assert [one["name"] for one in learners] == ["anna", "ben"]
+    assert left_out == ["all.json, line 2: not a file of `finetune-lab doctor --class NAME`"]
+
+
+def test_names_of_files_as_windows_and_mail_make_them_are_read_and_others_are_named(folder):
+    (folder / "class-anna.json").rename(folder / "class-anna.JSON")
+    (folder / "class-ben.json").rename(folder / "class-ben.json.txt")
+    (folder / "class-carla.docx").write_text("x")
+    learners, left_out = classroom_table.collect(folder)
+    assert [one["name"] for one in learners] == ["anna", "ben"]
+    assert left_out == ["class-carla.docx: its name does not end in .json"]
+
+
+@pytest.mark.parametrize("text", ['{"class": 2, "people": []}', '{"schema": 2, "exercises": {}}'])
+def test_a_file_of_a_newer_course_is_told_apart_from_rubbish(text, folder):
+    (folder / "new.json").write_text(text)
+    assert classroom_table.collect(folder)[1] == [
+        "new.json: made by a newer finetune-lab; update yours, then run this again"
+    ]
+
+
+def test_an_exercise_that_the_course_does_not_have_makes_no_column(folder, capsys):
+    learner(folder, "carla", {"42.7": {"ok": True, "tries": 1}, "01.1": {"ok": True, "tries": 1}})
+    figures = classroom_table.overview(*classroom_table.collect(folder))
+    assert "42" not in figures["exercises"] and figures["learners"][2]["right"]["01"] == 1
+    assert figures["left_out"] == ["carla: exercises that this course does not have: 42.7"]
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="Windows cannot change its clock's zone for a process")
+@pytest.mark.parametrize("when, shown", [
+    ("2026-11-23T10:00:00+00:00", "2026-11-23 15:30"), (None, ""), (7, ""), ("soon", ""), ("0001-01-01", ""),
+])  # fmt: skip
+def test_a_time_is_shown_in_local_time_and_none_as_nothing(when, shown, folder, capsys, monkeypatch):
+    learner(folder, "anna", {}, when=when)
+    monkeypatch.setenv("TZ", "XXX-05:30")
+    time.tzset()
+    try:
+        assert main(["class", str(folder)]) == 0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("anna"))
+    assert "local time" in out and line.endswith(shown) and "None" not in line and "soon" not in line
+    assert shown or re.search(r"\d/\d +$", line)  # nothing after the last lesson's count
 
 
 def test_a_progress_file_and_many_lines_in_one_file_are_read(folder):
@@ -99,7 +171,7 @@ def test_a_progress_file_and_many_lines_in_one_file_are_read(folder):
 
 
 @pytest.mark.parametrize("text", [
-    "{", "[1]", '{"exercises": 3}', '{"class": 2, "exercises": {}}', '{"exercises": {"x": {}}}', "[" * 100_000,
+    "{", "[1]", '{"exercises": 3}', '{"exercises": {"x": {}}}', "[" * 100_000,
     '{"exercises": {"01.1": {"tries": "many"}}}', '{"exercises": {}, "problems": [1]}',
 ])  # fmt: skip
 def test_a_file_of_something_else_is_named_and_the_others_are_shown(text, folder, capsys):
