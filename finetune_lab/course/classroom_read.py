@@ -117,8 +117,9 @@ def collect(folder: Path) -> tuple[list[dict], list[str]]:
             if name in found:
                 other, there = found[name]
                 winner = there if other["when"] > entry["when"] else where
+                why = "the last one read" if other["when"] == entry["when"] else "the newer one"
                 left_out.append(
-                    f"{there} and {where} both say they are {name}; {winner} counts, the newer one "
+                    f"{there} and {where} both say they are {name}; {winner} counts, {why} "
                     "(two people? then one of them takes another name)"
                 )
                 if winner == there:

@@ -87,7 +87,10 @@ def test_of_two_files_with_one_name_the_newer_counts_and_it_is_said(folder, caps
     learner(folder / "later", "ben", {"01.2": {"ok": True, "tries": 3}}, when="2026-11-23T12:00:00+00:00")
     learners, left_out = classroom_table.collect(folder)
     assert learners[1]["exercises"]["01.2"]["ok"]
-    assert "class-ben.json and later/class-ben.json both say they are ben; later/class-ben.json counts" in left_out[0]
+    assert (
+        "class-ben.json and later/class-ben.json both say they are ben; later/class-ben.json counts, the newer"
+        in left_out[0]
+    )
 
 
 def test_the_newer_file_counts_although_it_is_read_first_and_its_clock_stands_elsewhere(folder):
