@@ -295,5 +295,5 @@ def register(subparsers) -> None:
     parser = subparsers.add_parser("doctor", help=line, description=line, epilog=EXAMPLES, formatter_class=raw)
     parser.add_argument("--json", action="store_true", help="the same as JSON, with every version")
     parser.add_argument("--class", dest="name", metavar="NAME", help="also write class-NAME.json for the instructor "
-                        "(with --json: print it); NAME is yours to choose")  # fmt: skip
+                        "(with --json: print it); NAME is yours to choose, without spaces")  # fmt: skip
     parser.set_defaults(func=doctor)
