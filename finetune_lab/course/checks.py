@@ -20,7 +20,8 @@ It is then called `check.completion_labels` (the reference's name, or `name=`). 
 - a value: `reference=<the value>`, `name=`; no cases and no call; the learner's stub is `...`.
 
 A failing answer is compared with each known-wrong answer on all cases; the one that gives the same outcomes lends
-its hint. So does the only one that gives the same where the answer raised no error (a second mistake). Otherwise `diagnose(case, expected, got)` may return a hint; otherwise the first failing case is described.
+its hint. So does the only one that gives the same where the answer raised no error (a second mistake). Otherwise
+`diagnose(case, expected, got)` may return a hint; otherwise the first failing case is described.
 
 FINETUNE_LAB_CHECK: `learn` (default) never raises, records the verdict and returns the reference for a wrong answer;
 `solved` raises CheckError unless right; `unsolved` raises unless not attempted. Only KeyboardInterrupt passes through.

@@ -90,7 +90,7 @@ def tier_table(root: Path) -> str:
 | `tiny` (default) | a small Llama of 2.6 M parameters, pre-trained by this project on an invented world | in the package | \
 {taken("tiny")} |
 | `smollm2-135m` | SmolLM2-135M-Instruct, real English | `finetune-lab models fetch smollm2-135m`: 93 MB, 0.6 GB on disk | \
-{taken("smollm2-135m")}; 05, 06 and 07 took 11, 9 and 13 GB of memory |
+{taken("smollm2-135m")}; 05 to 07 beside other work, with 11, 9 and 13 GB of memory at their peak |
 | a hub id or a folder | any causal language model in safetensors | the hub, your disk | not measured: a GPU is needed |"""
 
 
