@@ -345,7 +345,7 @@ print(f"difference to transformers' own loss function: {abs(sft_loss(logits, rig
 # %% [markdown]
 # ## Gradients still flow through the prompt
 # Drawings of this topic say "prompt: no back-propagation". Predict the gradient at the *embeddings of the prompt*, beside
-# that at the answer's: `"zero"`, `"not zero, but smaller"` or `"the larger one"`?
+# that at the answer's: `"zero"`, `"not zero, but less than half"` or `"at least half"`?
 
 # %%
 # BEGIN SOLUTION
@@ -356,8 +356,9 @@ out = model(inputs_embeds=embeds).logits
 out.retain_grad()
 sft_loss(out, torch.tensor([labels], device=model.device)).backward()
 prompt_norm, answer_norm = embeds.grad[0, :t].norm().item(), embeds.grad[0, t:].norm().item()
-outcome = "zero" if prompt_norm == 0 else "the larger one" if prompt_norm > answer_norm else "not zero, but smaller"
-predict.choice("01-p2", guess, outcome, options=["zero", "not zero, but smaller", "the larger one"])
+less, much = "not zero, but less than half", "at least half"
+outcome = "zero" if prompt_norm == 0 else less if prompt_norm < answer_norm / 2 else much
+predict.choice("01-p2", guess, outcome, options=["zero", less, much])
 print(f"gradient norms at the embeddings: prompt {prompt_norm:.2f}, answer {answer_norm:.2f}")
 counted = torch.zeros(len(ids), dtype=torch.bool)
 counted[t - 1 : -1] = True  # the positions whose logits are scored
