@@ -356,9 +356,9 @@ out = model(inputs_embeds=embeds).logits
 out.retain_grad()
 sft_loss(out, torch.tensor([labels], device=model.device)).backward()
 prompt_norm, answer_norm = embeds.grad[0, :t].norm().item(), embeds.grad[0, t:].norm().item()
-less, much = "not zero, but less than half", "at least half"
-outcome = "zero" if prompt_norm == 0 else less if prompt_norm < answer_norm / 2 else much
-predict.choice("01-p2", guess, outcome, options=["zero", less, much])
+some = "not zero, but less than half" if prompt_norm < answer_norm / 2 else "at least half"
+outcome = "zero" if prompt_norm == 0 else some
+predict.choice("01-p2", guess, outcome, options=["zero", "not zero, but less than half", "at least half"])
 print(f"gradient norms at the embeddings: prompt {prompt_norm:.2f}, answer {answer_norm:.2f}")
 counted = torch.zeros(len(ids), dtype=torch.bool)
 counted[t - 1 : -1] = True  # the positions whose logits are scored
